@@ -1,0 +1,54 @@
+"""Rewrites DeepSeek-V3-family checkpoints between weight layouts, and proves that the result is right.
+
+Every command is a function here, of the same name and with the same keywords:
+
+>>> import dsv3_tools
+>>> report = dsv3_tools.inspect("miniature/checkpoint")
+>>> report.num_tensors > 0
+True
+
+Nothing heavy is imported until a function is called.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsv3_tools.checkpoint.reader import Checkpoint
+    from dsv3_tools.conversion.api import convert_bf16_to_fp8, convert_fp8_to_bf16
+    from dsv3_tools.conversion.sample import sample
+    from dsv3_tools.verify.inspection import inspect
+    from dsv3_tools.verify.integrity import verify_integrity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "__version__",
+    "convert_bf16_to_fp8",
+    "convert_fp8_to_bf16",
+    "inspect",
+    "sample",
+    "verify_integrity",
+]
+
+_HOMES = {
+    "Checkpoint": "dsv3_tools.checkpoint.reader",
+    "convert_bf16_to_fp8": "dsv3_tools.conversion.api",
+    "convert_fp8_to_bf16": "dsv3_tools.conversion.api",
+    "inspect": "dsv3_tools.verify.inspection",
+    "sample": "dsv3_tools.conversion.sample",
+    "verify_integrity": "dsv3_tools.verify.integrity",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

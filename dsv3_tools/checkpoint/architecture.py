@@ -1,0 +1,91 @@
+"""Every tensor that a model of the family has, from its dimensions.
+
+Source: the released index and shapes of DeepSeek-V3 (91,991 tensors with scales) and the module
+definitions in its `modeling_deepseek.py`; the indexer from DeepSeek-V3.2-Exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dsv3_tools.checkpoint.config import ModelConfig
+from dsv3_tools.checkpoint.specs import TensorSpec
+
+__all__ = ["dense_tensors"]
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Returns the specs of every tensor of the unquantized checkpoint, in the model's order.
+
+    All are BF16 but the router's `e_score_correction_bias`, which the release keeps in float32.
+    """
+    return {
+        name: TensorSpec("F32" if name.endswith("e_score_correction_bias") else "BF16", shape)
+        for name, shape in _model(config)
+    }
+
+
+def _model(config: ModelConfig) -> Shapes:
+    embedding = (config.vocab_size, config.hidden_size)
+    yield "model.embed_tokens.weight", embedding
+    for layer in range(config.num_hidden_layers):
+        yield from _layer(config, layer)
+    yield "model.norm.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", embedding
+    for layer in config.mtp_layers:
+        prefix = f"model.layers.{layer}."
+        yield prefix + "embed_tokens.weight", embedding
+        yield prefix + "enorm.weight", (config.hidden_size,)
+        yield prefix + "hnorm.weight", (config.hidden_size,)
+        yield prefix + "eh_proj.weight", (config.hidden_size, 2 * config.hidden_size)
+        yield from _layer(config, layer)
+        yield prefix + "shared_head.norm.weight", (config.hidden_size,)
+        yield prefix + "shared_head.head.weight", embedding
+
+
+def _layer(config: ModelConfig, layer: int) -> Shapes:
+    prefix = f"model.layers.{layer}."
+    yield prefix + "input_layernorm.weight", (config.hidden_size,)
+    yield from _attention(config, prefix + "self_attn.")
+    yield prefix + "post_attention_layernorm.weight", (config.hidden_size,)
+    if not config.is_moe_layer(layer):
+        yield from _mlp(config.hidden_size, config.intermediate_size, prefix + "mlp.")
+        return
+    yield prefix + "mlp.gate.weight", (config.n_routed_experts, config.hidden_size)
+    yield prefix + "mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+    for expert in range(config.n_routed_experts):
+        yield from _mlp(config.hidden_size, config.moe_intermediate_size, f"{prefix}mlp.experts.{expert}.")
+    if config.n_shared_experts:
+        width = config.moe_intermediate_size * config.n_shared_experts
+        yield from _mlp(config.hidden_size, width, prefix + "mlp.shared_experts.")
+
+
+def _attention(config: ModelConfig, prefix: str) -> Shapes:
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if config.q_lora_rank is None:
+        yield prefix + "q_proj.weight", (heads * config.qk_head_dim, hidden)
+    else:
+        yield prefix + "q_a_proj.weight", (config.q_lora_rank, hidden)
+        yield prefix + "q_a_layernorm.weight", (config.q_lora_rank,)
+        yield prefix + "q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank)
+    yield prefix + "kv_a_proj_with_mqa.weight", (config.kv_lora_rank + config.qk_rope_head_dim, hidden)
+    yield prefix + "kv_a_layernorm.weight", (config.kv_lora_rank,)
+    per_head = config.qk_nope_head_dim + config.v_head_dim
+    yield prefix + "kv_b_proj.weight", (heads * per_head, config.kv_lora_rank)
+    yield prefix + "o_proj.weight", (hidden, heads * config.v_head_dim)
+    if config.index_n_heads is not None and config.index_head_dim is not None:
+        query_rank = config.q_lora_rank or hidden
+        yield prefix + "indexer.wq_b.weight", (config.index_n_heads * config.index_head_dim, query_rank)
+        yield prefix + "indexer.wk.weight", (config.index_head_dim, hidden)
+        yield prefix + "indexer.k_norm.weight", (config.index_head_dim,)
+        yield prefix + "indexer.k_norm.bias", (config.index_head_dim,)
+        yield prefix + "indexer.weights_proj.weight", (config.index_n_heads, hidden)
+
+
+def _mlp(hidden: int, width: int, prefix: str) -> Shapes:
+    yield prefix + "gate_proj.weight", (width, hidden)
+    yield prefix + "up_proj.weight", (width, hidden)
+    yield prefix + "down_proj.weight", (hidden, width)

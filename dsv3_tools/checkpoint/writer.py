@@ -1,0 +1,107 @@
+"""Writes one shard: header first, tensors streamed to their place, renamed when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from dsv3_tools.checkpoint.durable import (
+    create_temporary,
+    destination_errors,
+    preallocate,
+    publish,
+    start_writeback,
+)
+from dsv3_tools.errors import DestinationError
+
+__all__ = ["ShardWriter"]
+
+_READ_BACK_BYTES = 4 << 20
+
+
+class ShardWriter:
+    """One output file of known size, hidden under a temporary name until it is complete.
+
+    Use as a context manager: leaving it without `commit()` removes the temporary file.
+
+    The SHA-256 runs along with writes that arrive in file order; bytes that arrive out of order are
+    hashed from the page cache at the end (FP8 scales lie before their codes but are known after them).
+
+    Args:
+        final: where the shard will be, in an existing directory of the same filesystem as `folder`.
+        folder: where its temporary file lies.
+        label: middle part of the temporary name.
+        header: the encoded header.
+        nbytes: size of the whole file.
+
+    Raises:
+        DestinationError: from every method, when the disk does not do its part.
+    """
+
+    def __init__(self, final: Path, *, folder: Path, label: str, header: bytes, nbytes: int) -> None:
+        self._final = final
+        self._nbytes = nbytes
+        self._written = 0
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        self._committed = False
+        with destination_errors(final, f"creating a file of {nbytes:,} bytes"):
+            self._descriptor, self._temporary = create_temporary(folder, f"{final.name}.{label}")
+            try:
+                preallocate(self._descriptor, nbytes)
+            except OSError:
+                self._discard()
+                raise
+        try:
+            self.write(0, memoryview(header))
+        except BaseException:
+            self._discard()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._committed:
+            os.close(self._descriptor)
+        else:
+            self._discard()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Writes `data` at `offset` of the file; every byte of the file is written once."""
+        if offset == self._hashed:
+            self._hash.update(data)
+            self._hashed += len(data)
+        done = 0
+        with destination_errors(self._final, f"writing {len(data):,} bytes at {offset:,}"):
+            while done < len(data):
+                done += os.pwrite(self._descriptor, data[done:], offset + done)
+        self._written += len(data)
+        start_writeback(self._descriptor, offset, len(data))
+
+    def commit(self) -> str:
+        """Checks the length, makes the file durable and visible; returns its SHA-256 in hexadecimal."""
+        if self._written != self._nbytes:
+            raise DestinationError(
+                f"{self._final}: {self._written:,} bytes were written, expected {self._nbytes:,}"
+            )
+        with destination_errors(self._final, "reading back for its SHA-256"):
+            self._hash_rest()
+        with destination_errors(self._final, f"making {self._nbytes:,} bytes durable"):
+            publish(self._descriptor, self._temporary, self._final)
+        self._committed = True
+        return self._hash.hexdigest()
+
+    def _hash_rest(self) -> None:
+        buffer = memoryview(bytearray(min(_READ_BACK_BYTES, self._nbytes - self._hashed)))
+        while self._hashed < self._nbytes:
+            count = os.preadv(self._descriptor, [buffer[: self._nbytes - self._hashed]], self._hashed)
+            if count == 0:
+                raise OSError(None, f"the file ended at byte {self._hashed:,}")
+            self._hash.update(buffer[:count])
+            self._hashed += count
+
+    def _discard(self) -> None:
+        os.close(self._descriptor)
+        self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""The conversions as functions; the commands of the same names are thin wrappers around them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.executor import RunResult, run
+from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.progress import Progress, Stop
+from dsv3_tools.conversion.recode import LIKE, plan_bf16_to_fp8, plan_fp8_to_bf16
+
+__all__ = ["convert_bf16_to_fp8", "convert_fp8_to_bf16"]
+
+PathLike = str | os.PathLike[str]
+
+
+def convert_fp8_to_bf16(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    max_shard_size: int | None = None,
+    scale_semantics: str | None = None,
+    nonfinite: str = "error",
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Stop | None = None,
+) -> RunResult:
+    """Rewrites an FP8 checkpoint as BF16, or goes on where an interrupted run stopped.
+
+    Example:
+        >>> result = convert_fp8_to_bf16("miniature/checkpoint", "/tmp/mini-bf16")  # doctest: +SKIP
+        >>> result.shards_written  # doctest: +SKIP
+        4
+
+    Args:
+        source: directory of the FP8 checkpoint.
+        destination: directory to write, empty or absent.
+        device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
+        workers: shards worked on at once.
+        max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
+        scale_semantics: "multiply" or "inverse", against what `config.json` says.
+        nonfinite: "error" refuses NaN and infinity, "keep" counts them in the manifest.
+        overwrite: replace whatever checkpoint is at `destination`.
+        on_plan: called with the plan before anything is written.
+        on_progress: called with every step, from any thread.
+        stop: lets a signal handler end the run cleanly.
+
+    Raises:
+        Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
+    """
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop)
+    with Checkpoint(source) as checkpoint:
+        plan = plan_fp8_to_bf16(checkpoint, max_shard_size=max_shard_size, scale_semantics=scale_semantics)
+        if on_plan is not None:
+            on_plan(plan)
+        return run(plan, {"source": checkpoint}, Path(destination), options)
+
+
+def convert_bf16_to_fp8(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    scale_fmt: str | None = None,
+    like: PathLike | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    max_shard_size: int | None = None,
+    nonfinite: str = "error",
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Stop | None = None,
+) -> RunResult:
+    """Rewrites a BF16 checkpoint in DeepSeek's FP8 layout, or goes on where a run stopped.
+
+    Args:
+        source: directory of the unquantized checkpoint.
+        destination: directory to write, empty or absent.
+        scale_fmt: "f32" (V3, R1) or "ue8m0" (V3.1); None is "f32", or that of `like`.
+        like: directory of the FP8 checkpoint that `source` was dequantized from. Blocks of weights
+            that did not change get their old bytes back.
+        device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
+        workers: shards worked on at once.
+        max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
+        nonfinite: "error" refuses NaN and infinity, "keep" writes NaN codes and counts them.
+        overwrite: replace whatever checkpoint is at `destination`.
+        on_plan: called with the plan before anything is written.
+        on_progress: called with every step, from any thread.
+        stop: lets a signal handler end the run cleanly.
+
+    Raises:
+        Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
+    """
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop)
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(Checkpoint(source))
+        original = None if like is None else opened.enter_context(Checkpoint(like))
+        plan = plan_bf16_to_fp8(checkpoint, scale_fmt=scale_fmt, like=original, max_shard_size=max_shard_size)
+        if on_plan is not None:
+            on_plan(plan)
+        checkpoints = {"source": checkpoint} | ({LIKE: original} if original is not None else {})
+        return run(plan, checkpoints, Path(destination), options)

@@ -1,0 +1,125 @@
+"""The workers of one process: each fills one shard at a time and writes it down in the journal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.writer import ShardWriter
+from dsv3_tools.conversion.devices import default_workers
+from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.pipeline_cpu import CpuPipeline
+from dsv3_tools.conversion.plan import Plan, ShardPlan
+from dsv3_tools.conversion.progress import Meter, Stop
+from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.conversion.workers import Pipeline, work_off
+from dsv3_tools.conversion.workspace import JournalEntry, Workspace
+from dsv3_tools.errors import CheckpointError, Interrupted
+
+__all__ = ["Crew"]
+
+
+class Crew:
+    """Everything that the workers of one run share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoints: Mapping[str, Checkpoint],
+        workspace: Workspace,
+        options: RunOptions,
+        ranks: Ranks,
+        devices: Sequence[str],
+    ) -> None:
+        self._label = plan.digest[:16]
+        self._checkpoints = checkpoints
+        self._workspace = workspace
+        self._options = options
+        self._rank = ranks.rank
+        self._devices = devices
+        self._stop = options.stop or Stop()
+        self._written: dict[str, JournalEntry] = {}
+
+    def workers(self, todo: Sequence[ShardPlan]) -> int:
+        """Returns how many workers `todo` gets."""
+        return max(1, min(self._options.workers or default_workers(self._devices), len(todo)))
+
+    def work(self, todo: Sequence[ShardPlan]) -> dict[str, JournalEntry]:
+        """Writes all of `todo`; returns their journal entries by name.
+
+        Raises:
+            Interrupted: a signal asked to stop.
+            Dsv3Error: the first failure of a worker.
+        """
+        nbytes = sum(
+            spec.nbytes for shard in todo for step in shard.steps for spec in step.input_specs(step.shape).values()
+        )
+        meter = Meter(nbytes, len(todo), self._options.on_progress)
+        devices = [self._devices[number % len(self._devices)] for number in range(self.workers(todo))]
+        try:
+            work_off(todo, [partial(self._hire, device, meter) for device in devices], self._stop)
+        except Interrupted as error:
+            raise Interrupted(
+                error.signum,
+                f"{self._workspace.destination}: stopped; {len(self._written)} shards finished in this run are "
+                "kept, the same command goes on from there",
+            ) from None
+        return self._written
+
+    def _hire(self, device: str, meter: Meter) -> Callable[[ShardPlan], None]:
+        """Returns a worker: a function that does one shard, on smaller slices when memory runs out."""
+        candidates = self._pipelines(device, meter)
+        pipeline = next(candidates)
+
+        def do(shard: ShardPlan) -> None:
+            nonlocal pipeline
+            import torch
+
+            while True:
+                try:
+                    self._write(shard, pipeline)
+                    break
+                except torch.cuda.OutOfMemoryError:
+                    pipeline.close()
+                    pipeline = next(candidates)
+            meter.add(0, shards=1)
+
+        return do
+
+    def _pipelines(self, device: str, meter: Meter) -> Iterator[Pipeline]:
+        """Yields pipelines in the order in which they are tried; all give the same bytes."""
+        if device != "cpu":
+            from dsv3_tools.conversion.pipeline_cuda import BATCH_NBYTES, CudaPipeline
+
+            for nbytes in BATCH_NBYTES:
+                yield CudaPipeline(self._checkpoints, self._stop, meter, device=device, batch_nbytes=nbytes)
+        yield CpuPipeline(self._checkpoints, self._stop, meter)
+
+    def _write(self, shard: ShardPlan, pipeline: Pipeline) -> None:
+        policy = NonfinitePolicy(keep=self._options.nonfinite == "keep")
+        encoded, _ = shard.header()
+        final = self._workspace.destination / shard.name
+        with ShardWriter(
+            final, folder=self._workspace.folder, label=self._label, header=encoded, nbytes=shard.nbytes
+        ) as writer:
+            pipeline.fill(shard, writer, policy)
+            self._check_sources(shard)
+            sha256 = writer.commit()
+        status = final.stat()
+        entry = JournalEntry(
+            shard.name, sha256, shard.nbytes, status.st_mtime_ns, status.st_ctime_ns, dict(policy.counts)
+        )
+        self._workspace.append_journal(entry, self._rank)
+        self._written[shard.name] = entry
+
+    def _check_sources(self, shard: ShardPlan) -> None:
+        """Refuses a shard whose source files were written to while it was made."""
+        refs = {ref for step in shard.steps for ref in step.inputs.values()}
+        for origin, name in {(ref.origin, self._checkpoints[ref.origin].weight_map[ref.name]) for ref in refs}:
+            checkpoint = self._checkpoints[origin]
+            file, status = checkpoint.shards[name], os.fstat(checkpoint.descriptor(name))
+            if (status.st_mtime_ns, status.st_size) != (file.mtime_ns, file.nbytes):
+                raise CheckpointError(f"{file.path}: was written to during the run; run the same command again")

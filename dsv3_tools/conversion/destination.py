@@ -1,0 +1,129 @@
+"""What already lies in a destination, and whether a run may begin, go on, or has nothing to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+
+from dsv3_tools.checkpoint.durable import destination_errors
+from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.paths import MANIFEST_NAME, WORK_FOLDER
+from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.workspace import JournalEntry, Workspace
+from dsv3_tools.errors import DestinationError
+
+__all__ = ["State", "clear", "finished_shards", "replaceable_nbytes", "survey"]
+
+_HASH_BYTES = 4 << 20
+
+
+class State(Enum):
+    """What a run finds at its destination."""
+
+    FRESH = "nothing is there, or it may be overwritten"
+    RESUME = "an interrupted run of the same plan"
+    COMPLETE = "the finished result of the same plan"
+
+
+def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
+    """Returns what lies at `destination`.
+
+    Raises:
+        DestinationError: something that is not this plan's and may not be overwritten.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise DestinationError(f"{destination}: is a file, expected a directory or nothing")
+    with destination_errors(destination, "reading the directory"):
+        others = set(os.listdir(destination)) - {WORK_FOLDER} if destination.exists() else set()
+    workspace = Workspace(destination)
+    if workspace.has_plan():
+        problem = workspace.plan_problem(plan) or _foreign_shard(plan, others)
+    elif not others:
+        return State.FRESH
+    elif MANIFEST_NAME in others:
+        if _holds_result_of(plan, destination):
+            return State.COMPLETE
+        problem = "holds the result of another run, or of this one from files that have changed since"
+    else:
+        problem = f"is not empty ({', '.join(sorted(others)[:3])}{', ...' if len(others) > 3 else ''})"
+    if problem is None:
+        return State.RESUME
+    if overwrite:
+        return State.FRESH
+    raise DestinationError(f"{destination}: {problem}; choose another directory, or --overwrite it")
+
+
+def clear(destination: Path) -> None:
+    """Removes a checkpoint that is to be overwritten: the index first, so that half of it is none.
+
+    Removes shards, index and manifest; other files are left, or replaced one by one.
+    """
+    with destination_errors(destination, "removing what was there"):
+        for path in _replaceable(destination):
+            path.unlink()
+    Workspace(destination).clear()
+
+
+def replaceable_nbytes(destination: Path) -> int:
+    """Returns the bytes that `clear` would free."""
+    return sum(path.lstat().st_size for path in _replaceable(destination))
+
+
+def finished_shards(plan: Plan, workspace: Workspace) -> dict[str, JournalEntry]:
+    """Returns the shards of `plan` that an earlier run finished and that are still what it wrote.
+
+    A file whose size and times are those of its journal line is believed; any other is hashed. One
+    that has changed is not in the result and will be written again.
+    """
+    done = {}
+    journal = workspace.read_journal()
+    for shard in plan.shards:
+        entry = journal.get(shard.name)
+        if entry is not None and entry.nbytes == shard.nbytes and _is_intact(workspace.destination, entry):
+            done[shard.name] = entry
+    return done
+
+
+def _is_intact(destination: Path, entry: JournalEntry) -> bool:
+    path = destination / entry.shard
+    if path.is_symlink() or not path.is_file():
+        return False
+    status = path.stat()
+    if status.st_size != entry.nbytes:
+        return False
+    if (status.st_mtime_ns, status.st_ctime_ns) == (entry.mtime_ns, entry.ctime_ns):
+        return True
+    digest = hashlib.sha256()
+    with destination_errors(path, "reading it again"), path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest() == entry.sha256
+
+
+def _holds_result_of(plan: Plan, destination: Path) -> bool:
+    try:
+        manifest = json.loads((destination / MANIFEST_NAME).read_bytes())
+        files: Mapping[str, Mapping[str, int]] = manifest["files"]
+        sizes_agree = all((destination / name).stat().st_size == file["nbytes"] for name, file in files.items())
+        return bool(manifest["plan_digest"] == plan.digest and INDEX_NAME in files and sizes_agree)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _foreign_shard(plan: Plan, names: set[str]) -> str | None:
+    own = {shard.name for shard in plan.shards}
+    foreign = sorted(name for name in names if name.endswith(".safetensors") and name not in own)
+    return f"holds {foreign[0]}, which is not part of this run" if foreign else None
+
+
+def _replaceable(destination: Path) -> Iterator[Path]:
+    if not destination.is_dir():
+        return
+    for name in (INDEX_NAME, MANIFEST_NAME):
+        if os.path.lexists(destination / name):
+            yield destination / name
+    yield from sorted(destination.glob("*.safetensors"))

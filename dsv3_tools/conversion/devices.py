@@ -1,0 +1,51 @@
+"""Which devices a run uses, and how many workers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.errors import UsageError
+
+__all__ = ["default_workers", "resolve_devices"]
+
+_MAX_CPU_WORKERS = 16
+_WORKERS_PER_GPU = 4
+
+
+def resolve_devices(device: str, ranks: Ranks) -> list[str]:
+    """Returns the devices that "auto", "cpu", "cuda", or "cuda:0,1" stand for.
+
+    "auto" is every GPU that is there, or else the CPU. Under torchrun each process takes one of
+    the GPUs, by its local rank.
+
+    Raises:
+        UsageError: no such device.
+    """
+    if device == "cpu":
+        return ["cpu"]
+    numbered = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", device)
+    if device != "auto" and numbered is None:
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:0,1")
+    import torch
+
+    count = torch.cuda.device_count()
+    if device == "auto" and count == 0:
+        return ["cpu"]
+    chosen = [int(n) for n in numbered[1].split(",")] if numbered and numbered[1] else list(range(count))
+    if not chosen or max(chosen) >= count:
+        raise UsageError(f"--device {device}: this machine has {count} usable GPUs; --device cpu gives the same bytes")
+    if ranks.world_size > 1:
+        chosen = [chosen[ranks.local_rank % len(chosen)]]
+    return [f"cuda:{number}" for number in chosen]
+
+
+def default_workers(devices: Sequence[str]) -> int:
+    """Returns how many shards are worked on at once: a core each, or a few for each GPU."""
+    cores = len(os.sched_getaffinity(0))
+    if list(devices) == ["cpu"]:
+        return min(cores, _MAX_CPU_WORKERS)
+    # A GPU worker keeps about two cores busy: one reads, one hashes and writes.
+    return max(len(devices), min(_WORKERS_PER_GPU * len(devices), cores // 2))

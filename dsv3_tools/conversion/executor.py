@@ -1,0 +1,181 @@
+"""Carries out a plan: workers over shards, resume, and the order of writes that survives a crash.
+
+The destination becomes a checkpoint at one moment, the rename of its index; until then no loader
+takes it for one, and the same command goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from dsv3_tools.checkpoint.paths import MANIFEST_NAME
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.crew import Crew
+from dsv3_tools.conversion.destination import State, clear, finished_shards, replaceable_nbytes, survey
+from dsv3_tools.conversion.devices import resolve_devices
+from dsv3_tools.conversion.finish import finish
+from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.preflight import check_places, check_room, check_scales
+from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.conversion.workspace import JournalEntry, Workspace
+from dsv3_tools.errors import Dsv3Error, UsageError
+
+__all__ = ["RunResult", "run"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did.
+
+    `seconds` is the time from the first check to the last rename; `nonfinite` counts elements that
+    are NaN or infinite by tensor, when they were kept.
+    """
+
+    destination: Path
+    operation: str
+    already_complete: bool
+    shards_written: int
+    shards_resumed: int
+    nbytes_in: int
+    nbytes_out: int
+    seconds: float
+    devices: tuple[str, ...]
+    workers: int
+    nonfinite: Mapping[str, int]
+
+    @property
+    def manifest(self) -> Path:
+        """Where the SHA-256 of every file is written down."""
+        return self.destination / MANIFEST_NAME
+
+
+def run(
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions | None = None
+) -> RunResult:
+    """Carries out `plan`, or goes on with it.
+
+    Args:
+        plan: what to write.
+        checkpoints: the sources by origin; "source" at least.
+        destination: a directory that is empty, absent, or holds an interrupted run of this plan.
+        options: devices, workers and the like.
+
+    Raises:
+        UsageError: source and destination overlap, or no such device.
+        DestinationError: no room, no permission, or another run's files.
+        CheckpointError: damaged source data, with tensor and index.
+        Interrupted: a signal; everything finished is kept.
+    """
+    options = options or RunOptions()
+    if options.nonfinite not in ("error", "keep"):
+        raise UsageError(f"nonfinite: got {options.nonfinite!r}, expected 'error' or 'keep'")
+    began = time.monotonic()
+    ranks = Ranks.join()
+    devices = resolve_devices(options.device, ranks)
+    workspace = Workspace(destination)
+    with ExitStack() as held:
+        start = partial(_start, plan, checkpoints, workspace, options, held)
+        resumed = _together(ranks, start if ranks.is_first else _nothing)[0]
+        if resumed is None:
+            return _result(plan, destination, began, devices, complete=True)
+        crew = Crew(plan, checkpoints, workspace, options, ranks, devices)
+        todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
+        written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
+        last = partial(finish, plan, checkpoints["source"], workspace, resumed | written)
+        manifest = _together(ranks, last if ranks.is_first else _nothing)[0]
+    return _result(
+        plan,
+        destination,
+        began,
+        devices,
+        workers=crew.workers(todo),
+        written=len(written),
+        resumed=len(resumed),
+        nonfinite=manifest["nonfinite"] if manifest is not None else {},
+    )
+
+
+def _start(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    workspace: Workspace,
+    options: RunOptions,
+    held: ExitStack,
+) -> dict[str, JournalEntry] | None:
+    """Checks everything that can be checked, takes the lock; returns the shards that are done.
+
+    Returns None when the whole result is there already.
+    """
+    destination = workspace.destination
+    check_places(checkpoints, destination)
+    state = survey(plan, destination, overwrite=options.overwrite)
+    if state is State.COMPLETE:
+        return None
+    missing = plan.shards
+    if state is State.RESUME:
+        journal = workspace.read_journal()
+        missing = tuple(shard for shard in plan.shards if shard.name not in journal)
+    freed = replaceable_nbytes(destination) if state is State.FRESH else workspace.temporary_nbytes()
+    check_room(destination, sum(shard.nbytes for shard in missing) - freed)
+    check_scales(plan, missing, checkpoints, nonfinite=options.nonfinite)
+    held.enter_context(workspace.locked())
+    # Another run may have come and gone since the first look.
+    state = survey(plan, destination, overwrite=options.overwrite)
+    if state is State.COMPLETE:
+        workspace.remove()
+        return None
+    if state is State.FRESH:
+        clear(destination)
+        workspace.record_plan(plan)
+    workspace.remove_temporaries()
+    return finished_shards(plan, workspace)
+
+
+def _nothing() -> None:
+    """What the other ranks do while rank 0 acts."""
+
+
+def _together(ranks: Ranks, act: Callable[[], T]) -> list[T]:
+    """Lets every rank act, then returns what each has to say, or fails on all if one has failed."""
+    try:
+        value = act()
+    except Dsv3Error as error:
+        ranks.agree(error=error)
+        raise
+    return ranks.agree(value)
+
+
+def _result(
+    plan: Plan,
+    destination: Path,
+    began: float,
+    devices: list[str],
+    *,
+    complete: bool = False,
+    workers: int = 0,
+    written: int = 0,
+    resumed: int = 0,
+    nonfinite: Mapping[str, int] | None = None,
+) -> RunResult:
+    return RunResult(
+        destination=destination,
+        operation=plan.operation,
+        already_complete=complete,
+        shards_written=written,
+        shards_resumed=len(plan.shards) if complete else resumed,
+        nbytes_in=plan.nbytes_in,
+        nbytes_out=plan.nbytes_out,
+        seconds=time.monotonic() - began,
+        devices=tuple(devices),
+        workers=workers,
+        nonfinite=nonfinite or {},
+    )

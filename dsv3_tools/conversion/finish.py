@@ -1,0 +1,79 @@
+"""The last part of a run: small files, `config.json`, the index, the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools import __version__
+from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.durable import write_file
+from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.paths import MANIFEST_NAME, read_small_file
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.plan import PLAN_VERSION, Plan
+from dsv3_tools.conversion.recode import MAX_SIDE_FILE_BYTES
+from dsv3_tools.conversion.workspace import JournalEntry, Workspace
+from dsv3_tools.errors import CheckpointError
+
+__all__ = ["finish"]
+
+MANIFEST_VERSION = 1
+
+
+def finish(
+    plan: Plan, source: Checkpoint, workspace: Workspace, done: Mapping[str, JournalEntry]
+) -> dict[str, Any]:
+    """Writes everything but the shards, the index last but for the manifest; returns the manifest.
+
+    Raises:
+        CheckpointError: a small file has changed since the plan was made.
+        DestinationError: the disk does not do its part.
+    """
+    small = {name: _unchanged(plan, source, name) for name in plan.side_files}
+    small[CONFIG_NAME] = plan.config
+    small[INDEX_NAME] = plan.index()
+    for name, data in small.items():
+        write_file(workspace.destination / name, data, folder=workspace.folder)
+    manifest = _manifest(plan, done, small)
+    text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    write_file(workspace.destination / MANIFEST_NAME, text, folder=workspace.folder)
+    workspace.remove()
+    return manifest
+
+
+def _unchanged(plan: Plan, source: Checkpoint, name: str) -> bytes:
+    data = read_small_file(source.directory, name, MAX_SIDE_FILE_BYTES)
+    planned = next(file for file in plan.source_files if file.name == name and file.origin == "source")
+    if hashlib.sha256(data).hexdigest() != planned.sha256:
+        raise CheckpointError(f"{Path(source.directory, name)}: has changed during the run; run it again")
+    return data
+
+
+def _manifest(plan: Plan, done: Mapping[str, JournalEntry], small: Mapping[str, bytes]) -> dict[str, Any]:
+    """Returns the manifest: no time and no host in it, so that equal runs give equal manifests."""
+    files = {shard.name: {"nbytes": shard.nbytes, "sha256": done[shard.name].sha256} for shard in plan.shards}
+    files |= {
+        name: {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in small.items()
+    }
+    nonfinite: Counter[str] = Counter()
+    for entry in done.values():
+        nonfinite.update(entry.nonfinite)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "program": {"name": "dsv3-tools", "version": __version__, "plan_version": PLAN_VERSION},
+        "operation": plan.operation,
+        "options": dict(plan.options),
+        "plan_digest": plan.digest,
+        "nonfinite": dict(sorted(nonfinite.items())),
+        "dropped": dict(plan.dropped),
+        "sources": [
+            {"origin": f.origin, "name": f.name, "nbytes": f.nbytes, "mtime_ns": f.mtime_ns, "sha256": f.sha256}
+            for f in plan.source_files
+        ],
+        "files": dict(sorted(files.items())),
+    }

@@ -1,0 +1,122 @@
+"""One worker on the CPU: read a piece, recode it, hash and write it, while it is in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dsv3_tools.checkpoint.dtypes import torch_dtype
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.specs import TensorSpec
+from dsv3_tools.checkpoint.writer import ShardWriter
+from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.pieces import Piece, cut
+from dsv3_tools.conversion.plan import ShardPlan
+from dsv3_tools.conversion.progress import Meter, Stop
+from dsv3_tools.formats.recode import recode_into
+from dsv3_tools.kernels.nonfinite import count_nonfinite
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+__all__ = ["CpuPipeline"]
+
+PIECE_NBYTES = 2 << 20
+"""Bytes written per piece: input, output and weight together stay in a core's share of the L3 cache."""
+
+_READ_AHEAD_NBYTES = 16 << 20
+
+
+class CpuPipeline:
+    """Reusable buffers of one worker thread."""
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], stop: Stop, meter: Meter) -> None:
+        self._checkpoints = checkpoints
+        self._stop = stop
+        self._meter = meter
+        self._buffers: dict[str, Tensor] = {}
+
+    def close(self) -> None:
+        """Nothing to release beyond memory."""
+
+    def fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+        """Writes every tensor of `shard`."""
+        _, header = shard.header()
+        ahead = _ReadAhead(self._checkpoints, shard)
+        for piece in cut(shard, header, PIECE_NBYTES):
+            self._stop.check()
+            ahead.advance(piece)
+            self._process(piece, writer, policy)
+            self._meter.add(piece.nbytes_in)
+
+    def _process(self, piece: Piece, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+        items = {}
+        for part, read in piece.reads.items():
+            items[part] = self._buffer(f"in {part}", read.spec)
+            self._checkpoints[read.ref.origin].read_into(read.ref.name, read.start, as_bytes(items[part]))
+        if piece.step.source is None or piece.step.target is None or piece.step.is_copy:
+            outs = items
+            dtype = piece.reads["weight"].spec.dtype
+            count = count_nonfinite(as_array(items["weight"]), dtype)
+        else:
+            outs = {part: self._buffer(f"out {part}", write.spec) for part, write in piece.writes.items()}
+            count = int(recode_into(piece.step.source, piece.step.target, [items], [outs])[0])
+        if count:
+            policy.judge(
+                piece,
+                count,
+                {part: as_array(item) for part, item in items.items()},
+                {part: as_array(out) for part, out in outs.items()},
+            )
+        for part, write in piece.writes.items():
+            writer.write(write.offset, as_bytes(outs[part]))
+
+    def _buffer(self, role: str, spec: TensorSpec) -> Tensor:
+        """Returns memory for `spec`, the same for every piece: first touch costs more than arithmetic."""
+        import torch
+
+        buffer = self._buffers.get(role)
+        if buffer is None or buffer.numel() < spec.nbytes:
+            buffer = self._buffers[role] = torch.empty(max(spec.nbytes, 1 << 16), dtype=torch.uint8)
+        return buffer[: spec.nbytes].view(torch_dtype(spec.dtype)).reshape(spec.shape)
+
+
+class _ReadAhead:
+    """Keeps the system reading about 16 MiB ahead of the worker."""
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], shard: ShardPlan) -> None:
+        self._checkpoints = checkpoints
+        self._inputs = [
+            (ref, step.input_specs(step.shape)[part].nbytes)
+            for step in shard.steps
+            for part, ref in step.inputs.items()
+        ]
+        self._next = 0
+        self._start = 0
+        self._ahead = 0
+
+    def advance(self, piece: Piece) -> None:
+        """Asks for as many bytes more as `piece` is about to use up."""
+        self._ahead -= piece.nbytes_in
+        while self._ahead < _READ_AHEAD_NBYTES // 2 and self._next < len(self._inputs):
+            ref, nbytes = self._inputs[self._next]
+            count = min(nbytes - self._start, _READ_AHEAD_NBYTES)
+            self._checkpoints[ref.origin].will_need(ref.name, self._start, count)
+            self._ahead += count
+            self._start += count
+            if self._start >= nbytes:
+                self._next, self._start = self._next + 1, 0
+
+
+def as_array(tensor: Tensor) -> NDArray[np.uint8]:
+    """Returns a CPU tensor's bytes as a flat array over the same memory."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Returns a CPU tensor's bytes as a buffer over the same memory."""
+    return as_array(tensor).data

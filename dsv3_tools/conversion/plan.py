@@ -1,0 +1,276 @@
+"""The plan of a run: the whole destination directory, before a byte of it is written.
+
+A plan is built from specs alone. Building it fails unless every source tensor is the input of exactly
+one step or is dropped with a reason, every output name is unique, and every input has the spec that
+its format demands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from dsv3_tools.checkpoint.header import Header, encode_header
+from dsv3_tools.checkpoint.index import encode_index
+from dsv3_tools.checkpoint.specs import TensorSpec
+from dsv3_tools.errors import FormatError, PlanError
+from dsv3_tools.formats import Format
+from dsv3_tools.formats.fp8_block import LIKE_PART
+
+__all__ = ["PLAN_VERSION", "Change", "Plan", "ShardPlan", "SourceFile", "Step", "TensorRef", "check_steps"]
+
+PLAN_VERSION = 1
+"""Raised whenever the same plan would give other bytes: leftovers of another version are not resumed."""
+
+SOURCE = "source"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor of one of the run's checkpoints; `origin` names the checkpoint ("source", "like")."""
+
+    name: str
+    origin: str = SOURCE
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One weight on its way from `source` to `target` format, or one tensor copied as it is.
+
+    `inputs` and `outputs` map part names to tensors. Equal formats (None for a tensor that is not a
+    weight in a format) make a byte copy, which never becomes a tensor.
+    """
+
+    shape: tuple[int, ...]
+    inputs: Mapping[str, TensorRef]
+    outputs: Mapping[str, str]
+    source: Format | None
+    target: Format | None
+    dtype: str
+
+    @classmethod
+    def copy(cls, name: str, spec: TensorSpec) -> Step:
+        """Returns the step that copies one tensor's bytes under the same name."""
+        return cls(spec.shape, {"weight": TensorRef(name)}, {"weight": name}, None, None, spec.dtype)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether bytes are copied without decoding."""
+        return self.source == self.target
+
+    def input_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """Returns the specs of the inputs for a weight, or a stripe of it, of `shape`."""
+        if self.source is None or self.target is None:
+            return {"weight": TensorSpec(self.dtype, shape)}
+        specs = self.source.parts(shape)
+        if LIKE_PART in self.inputs:
+            specs[LIKE_PART] = self.target.parts(shape)["weight_scale_inv"]
+        return specs
+
+    def output_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """Returns the specs of the outputs for a weight, or a stripe of it, of `shape`."""
+        if self.target is None:
+            return {"weight": TensorSpec(self.dtype, shape)}
+        return self.target.parts(shape)
+
+    def named_outputs(self) -> Iterator[tuple[str, TensorSpec]]:
+        """Yields the name and spec of every tensor that this step writes."""
+        for part, spec in self.output_specs(self.shape).items():
+            yield self.outputs[part], spec
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its name and the steps that fill it, in the order of their first byte."""
+
+    name: str
+    steps: tuple[Step, ...]
+    nbytes: int
+    header_sha256: str
+
+    @classmethod
+    def build(cls, name: str, steps: Sequence[Step]) -> ShardPlan:
+        """Returns the shard with `steps` put into file order."""
+        encoded, header = encode_header(dict(pair for step in steps for pair in step.named_outputs()))
+        ordered = sorted(steps, key=lambda step: min(header.offsets[out] for out in step.outputs.values()))
+        return cls(name, tuple(ordered), header.file_nbytes, hashlib.sha256(encoded).hexdigest())
+
+    def header(self) -> tuple[bytes, Header]:
+        """Returns the file's header, encoded and as offsets; not kept, it is megabytes for 163 shards."""
+        return encode_header(self.specs())
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Returns every tensor of the file."""
+        return dict(pair for step in self.steps for pair in step.named_outputs())
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """What a source file was when the plan was made.
+
+    `ctime_ns` is compared when a run is resumed but is no part of the digest or the manifest: copying
+    a finished checkpoint elsewhere must not make it another one.
+    """
+
+    origin: str
+    name: str
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: str
+    """Of a shard's header, or of a small file's whole content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A line of the plan's summary: so many tensors or weights that go from one form to another."""
+
+    before: str
+    after: str
+    count: int
+    nbytes_before: int
+    nbytes_after: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do.
+
+    Attributes:
+        operation: the command, such as "fp8-to-bf16".
+        options: whatever changes the bytes written, as JSON values.
+        shards: the output files.
+        dropped: source tensors that no step reads, with the reason.
+        config: the new `config.json`.
+        side_files: files copied unchanged.
+        left_behind: names in the source directory that are not copied.
+        source_files: what the run reads.
+        notes: what a user should know before it starts.
+    """
+
+    operation: str
+    options: Mapping[str, Any]
+    shards: tuple[ShardPlan, ...]
+    dropped: Mapping[str, str]
+    config: bytes
+    side_files: tuple[str, ...]
+    left_behind: tuple[str, ...]
+    source_files: tuple[SourceFile, ...]
+    nbytes_in: int
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all that decides the output's bytes; equal digests, equal outputs."""
+        sources = [{k: v for k, v in asdict(file).items() if k != "ctime_ns"} for file in self.source_files]
+        document = {
+            "plan_version": PLAN_VERSION,
+            "operation": self.operation,
+            "options": self.options,
+            "sources": sources,
+            "shards": [[shard.name, shard.nbytes, shard.header_sha256] for shard in self.shards],
+            "config": hashlib.sha256(self.config).hexdigest(),
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def payload_nbytes(self) -> int:
+        """Bytes of all output tensors, without headers: the index's `total_size`."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.specs().values())
+
+    @property
+    def nbytes_out(self) -> int:
+        """Bytes of all output shards, with headers."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def num_tensors_out(self) -> int:
+        """Number of tensors in the output."""
+        return sum(len(step.outputs) for shard in self.shards for step in shard.steps)
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of weights and other parameters, scales not counted."""
+        return sum(prod(step.shape) for shard in self.shards for step in shard.steps)
+
+    def index(self) -> bytes:
+        """Returns the index file of the output."""
+        weight_map = {name: shard.name for shard in self.shards for name in shard.specs()}
+        return encode_index(
+            weight_map, total_size=self.payload_nbytes, total_parameters=self.total_parameters
+        )
+
+    def changes(self) -> list[Change]:
+        """Returns what becomes what, by form, the largest first."""
+        counts: Counter[tuple[str, str]] = Counter()
+        before: Counter[tuple[str, str]] = Counter()
+        after: Counter[tuple[str, str]] = Counter()
+        for step in (step for shard in self.shards for step in shard.steps):
+            key = (step.source.name, step.target.name) if step.source and step.target else (step.dtype, "copied")
+            counts[key] += 1
+            own = {part: spec for part, spec in step.input_specs(step.shape).items() if part != LIKE_PART}
+            before[key] += sum(spec.nbytes for spec in own.values())
+            after[key] += sum(spec.nbytes for spec in step.output_specs(step.shape).values())
+        ordered = sorted(counts, key=lambda key: (-before[key], key))
+        return [Change(*key, counts[key], before[key], after[key]) for key in ordered]
+
+
+def check_steps(
+    where: str,
+    specs: Mapping[str, Mapping[str, TensorSpec]],
+    steps: Sequence[Step],
+    *,
+    dropped: Mapping[str, str],
+    refused: Mapping[str, str],
+) -> None:
+    """Refuses steps that do not account for every source tensor exactly once, or ask for the impossible.
+
+    Args:
+        where: the checkpoint, for the message.
+        specs: the tensors of every origin; those of "source" must all be accounted for.
+        steps: the steps of the plan.
+        dropped: source tensors that are left out on purpose, with the reason.
+        refused: source tensors that the planner could not place, with what is wrong with them.
+
+    Raises:
+        PlanError: with every problem found.
+    """
+    problems = [f"{name} {reason}" for name, reason in refused.items()]
+    uses = Counter(ref for step in steps for ref in step.inputs.values())
+    uses.update(TensorRef(name) for name in dropped)
+    for ref, count in uses.items():
+        if ref.name not in specs[ref.origin]:
+            problems.append(f"{ref.name} is missing")
+        elif count > 1:
+            problems.append(f"{ref.name} would be used {count} times")
+    problems += [
+        f"{name} is used by no step"
+        for name in specs[SOURCE]
+        if TensorRef(name) not in uses and name not in refused
+    ]
+    outputs = Counter(name for step in steps for name in step.outputs.values())
+    problems += [f"{name} would be written {count} times" for name, count in outputs.items() if count > 1]
+    for step in steps:
+        problems += _spec_problems(step, specs)
+    if problems:
+        raise PlanError(where, problems)
+
+
+def _spec_problems(step: Step, specs: Mapping[str, Mapping[str, TensorSpec]]) -> Iterator[str]:
+    try:
+        expected = step.input_specs(step.shape)
+    except FormatError as error:
+        yield f"{step.inputs['weight'].name}: {error}"
+        return
+    for part, spec in expected.items():
+        ref = step.inputs[part]
+        found = specs[ref.origin].get(ref.name)
+        if found is not None and found != spec:
+            weight = TensorSpec(step.dtype, step.shape)
+            yield f"{ref.name} is {found}, expected {spec} for a weight {weight}"

@@ -1,0 +1,172 @@
+"""The working folder `.dsv3` of a destination: lock, plan and journal of a run that is not finished.
+
+    .dsv3/lock            held while a process writes here (good manners; safety lies in unique
+                          temporary names and rename, because some cluster filesystems grant
+                          every lock)
+    .dsv3/owner.json      who holds it
+    .dsv3/plan.json       digest of the plan and what its source files were
+    .dsv3/journal*.jsonl  one line for each finished shard, appended after its rename
+    .dsv3/*.tmp           files being written
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dsv3_tools.checkpoint.durable import destination_errors, write_file
+from dsv3_tools.checkpoint.paths import WORK_FOLDER
+from dsv3_tools.conversion.plan import Plan, SourceFile
+from dsv3_tools.errors import DestinationError
+
+__all__ = ["JournalEntry", "Workspace"]
+
+PLAN_NAME = "plan.json"
+OWNER_NAME = "owner.json"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A finished shard: its hash, what the file looked like right after its rename, and its NaNs."""
+
+    shard: str
+    sha256: str
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    nonfinite: Mapping[str, int]
+
+
+class Workspace:
+    """The working folder of one destination."""
+
+    def __init__(self, destination: Path) -> None:
+        self.destination = destination
+        self.folder = destination / WORK_FOLDER
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the lock.
+
+        Raises:
+            DestinationError: another run holds it; names its process and host.
+        """
+        with destination_errors(self.folder, "creating the working folder"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise DestinationError(f"{self.destination}: {self._owner()} is writing to it; wait for it to end") from None
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+        try:
+            write_file(self.folder / OWNER_NAME, json.dumps(owner).encode(), folder=self.folder)
+            yield
+        finally:
+            lock.release()
+
+    def plan_problem(self, plan: Plan) -> str | None:
+        """Returns why what lies here cannot be resumed with `plan`; None when it can.
+
+        A folder without a plan is one whose run was killed before it wrote anything.
+        """
+        try:
+            record = json.loads((self.folder / PLAN_NAME).read_bytes())
+            digest, sources = record["digest"], [SourceFile(**entry) for entry in record["sources"]]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return "the plan of an earlier run here cannot be read"
+        if changed := _changed(sources, plan.source_files):
+            return f"{changed} has changed since an earlier run into this directory began"
+        if digest != plan.digest:
+            return f"an earlier run with other options ({record.get('operation')}) has not finished here"
+        return None
+
+    def record_plan(self, plan: Plan) -> None:
+        """Writes down what this run is, so that only the same run may go on with it."""
+        record: dict[str, Any] = {
+            "digest": plan.digest,
+            "operation": plan.operation,
+            "options": plan.options,
+            "sources": [asdict(file) for file in plan.source_files],
+            "shards": [[shard.name, shard.nbytes, shard.header_sha256] for shard in plan.shards],
+        }
+        write_file(self.folder / PLAN_NAME, json.dumps(record).encode(), folder=self.folder)
+
+    def has_plan(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.folder / PLAN_NAME).exists()
+
+    def read_journal(self) -> dict[str, JournalEntry]:
+        """Returns the finished shards by name; a torn last line counts as not written."""
+        entries = {}
+        for path in sorted(self.folder.glob("journal*.jsonl")):
+            for line in path.read_bytes().splitlines():
+                try:
+                    entry = JournalEntry(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue
+                entries[entry.shard] = entry
+        return entries
+
+    def append_journal(self, entry: JournalEntry, rank: int) -> None:
+        """Adds a finished shard, durably; every rank has a journal of its own."""
+        path = self.folder / ("journal.jsonl" if rank == 0 else f"journal-{rank}.jsonl")
+        with destination_errors(path, "adding a line"):
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                # The newline in front ends a line that a crash has torn.
+                os.write(descriptor, b"\n" + json.dumps(asdict(entry)).encode() + b"\n")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def temporary_nbytes(self) -> int:
+        """Returns the bytes that killed runs left half written."""
+        return sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.tmp"))
+
+    def remove_temporaries(self) -> None:
+        """Removes what killed runs left half written."""
+        with destination_errors(self.folder, "removing temporary files"):
+            for path in self.folder.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forgets an earlier run: everything in the folder but the lock and its owner."""
+        with destination_errors(self.folder, "removing an earlier run's records"):
+            for path in self.folder.iterdir():
+                if path.name not in ("lock", OWNER_NAME):
+                    path.unlink()
+
+    def remove(self) -> None:
+        """Removes the folder, the last act of a finished run."""
+        with destination_errors(self.folder, "removing the working folder"):
+            shutil.rmtree(self.folder)
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.folder / OWNER_NAME).read_bytes())
+            return f"another run (process {owner['pid']} on {owner['host']}, since {owner['start']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another run"
+
+
+def _changed(before: Sequence[SourceFile], now: Sequence[SourceFile]) -> str | None:
+    """Returns the first file that both plans read and that is not what it was."""
+    known = {(file.origin, file.name): file for file in before}
+    for file in now:
+        earlier = known.get((file.origin, file.name))
+        if earlier is not None and earlier != file:
+            return file.name if file.origin == "source" else f"{file.name} ({file.origin})"
+    return None
