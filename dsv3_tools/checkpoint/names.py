@@ -14,7 +14,10 @@ __all__ = ["MODULES", "TensorName", "parse_name"]
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 FP8_LINEARS = frozenset(
-    {f"self_attn.{p}" for p in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
+    {
+        f"self_attn.{p}"
+        for p in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    }
     | {f"{mlp}.{p}" for mlp in ("mlp", "mlp.experts", "mlp.shared_experts") for p in _PROJECTIONS}
     | {"self_attn.indexer.wq_b", "self_attn.indexer.wk"}
 )

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.errors import CheckpointError
 
-__all__ = ["MANIFEST_NAME", "WORK_FOLDER", "hub_blob_sha256", "read_small_file", "regular_file", "side_files"]
+__all__ = ["WORK_FOLDER", "hub_blob_sha256", "read_small_file", "regular_file", "side_files"]
 
-MANIFEST_NAME = "dsv3_manifest.json"
 WORK_FOLDER = ".dsv3"
 
 _TRAVELS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "*.py")
@@ -55,7 +55,9 @@ def regular_file(directory: Path, name: str) -> Path:
         raise CheckpointError(f"{path}: cannot be opened: {_reason(error)}") from None
     root = directory.resolve()
     if not real.is_relative_to(root) and real.parent != _hub_blobs(root):
-        raise CheckpointError(f"{path}: is a link to {real}, outside the checkpoint; copy the file into place")
+        raise CheckpointError(
+            f"{path}: is a link to {real}, outside the checkpoint; copy the file into place"
+        )
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is not a regular file")
     return real

@@ -172,7 +172,9 @@ class Checkpoint:
                     problems.append(f"tensor {name} is in {holder[name]} and in {shard.name}")
                 holder[name] = shard.name
                 if self.weight_map.get(name, shard.name) != shard.name:
-                    problems.append(f"tensor {name} is in {shard.name}, the index says {self.weight_map[name]}")
+                    problems.append(
+                        f"tensor {name} is in {shard.name}, the index says {self.weight_map[name]}"
+                    )
                 elif name not in self.weight_map:
                     problems.append(f"tensor {name} is in {shard.name} but not in the index")
         problems += [

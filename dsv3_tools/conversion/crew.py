@@ -11,7 +11,6 @@ from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.devices import default_workers
 from dsv3_tools.conversion.nonfinite import NonfinitePolicy
 from dsv3_tools.conversion.options import RunOptions
-from dsv3_tools.conversion.pipeline_cpu import CpuPipeline
 from dsv3_tools.conversion.plan import Plan, ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.conversion.ranks import Ranks
@@ -55,7 +54,10 @@ class Crew:
             Dsv3Error: the first failure of a worker.
         """
         nbytes = sum(
-            spec.nbytes for shard in todo for step in shard.steps for spec in step.input_specs(step.shape).values()
+            spec.nbytes
+            for shard in todo
+            for step in shard.steps
+            for spec in step.input_specs(step.shape).values()
         )
         meter = Meter(nbytes, len(todo), self._options.on_progress)
         devices = [self._devices[number % len(self._devices)] for number in range(self.workers(todo))]
@@ -91,6 +93,9 @@ class Crew:
 
     def _pipelines(self, device: str, meter: Meter) -> Iterator[Pipeline]:
         """Yields pipelines in the order in which they are tried; all give the same bytes."""
+        # Imported here: numba and triton take a second, and no help text or dry run needs them.
+        from dsv3_tools.conversion.pipeline_cpu import CpuPipeline
+
         if device != "cpu":
             from dsv3_tools.conversion.pipeline_cuda import BATCH_NBYTES, CudaPipeline
 
@@ -118,8 +123,12 @@ class Crew:
     def _check_sources(self, shard: ShardPlan) -> None:
         """Refuses a shard whose source files were written to while it was made."""
         refs = {ref for step in shard.steps for ref in step.inputs.values()}
-        for origin, name in {(ref.origin, self._checkpoints[ref.origin].weight_map[ref.name]) for ref in refs}:
+        for origin, name in {
+            (ref.origin, self._checkpoints[ref.origin].weight_map[ref.name]) for ref in refs
+        }:
             checkpoint = self._checkpoints[origin]
             file, status = checkpoint.shards[name], os.fstat(checkpoint.descriptor(name))
             if (status.st_mtime_ns, status.st_size) != (file.mtime_ns, file.nbytes):
-                raise CheckpointError(f"{file.path}: was written to during the run; run the same command again")
+                raise CheckpointError(
+                    f"{file.path}: was written to during the run; run the same command again"
+                )

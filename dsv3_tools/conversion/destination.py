@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -11,10 +10,11 @@ from pathlib import Path
 
 from dsv3_tools.checkpoint.durable import destination_errors
 from dsv3_tools.checkpoint.index import INDEX_NAME
-from dsv3_tools.checkpoint.paths import MANIFEST_NAME, WORK_FOLDER
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
-from dsv3_tools.errors import DestinationError
+from dsv3_tools.errors import CheckpointError, DestinationError
 
 __all__ = ["State", "clear", "finished_shards", "replaceable_nbytes", "survey"]
 
@@ -106,11 +106,14 @@ def _is_intact(destination: Path, entry: JournalEntry) -> bool:
 
 def _holds_result_of(plan: Plan, destination: Path) -> bool:
     try:
-        manifest = json.loads((destination / MANIFEST_NAME).read_bytes())
+        text = read_small_file(destination, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        manifest = parse_manifest(text, MANIFEST_NAME)
         files: Mapping[str, Mapping[str, int]] = manifest["files"]
-        sizes_agree = all((destination / name).stat().st_size == file["nbytes"] for name, file in files.items())
+        sizes_agree = all(
+            (destination / name).stat().st_size == file["nbytes"] for name, file in files.items()
+        )
         return bool(manifest["plan_digest"] == plan.digest and INDEX_NAME in files and sizes_agree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError
 
-__all__ = ["default_workers", "resolve_devices"]
+__all__ = ["default_workers", "host_nbytes_per_worker", "resolve_devices"]
 
 _MAX_CPU_WORKERS = 16
 _WORKERS_PER_GPU = 4
@@ -36,7 +36,9 @@ def resolve_devices(device: str, ranks: Ranks) -> list[str]:
         return ["cpu"]
     chosen = [int(n) for n in numbered[1].split(",")] if numbered and numbered[1] else list(range(count))
     if not chosen or max(chosen) >= count:
-        raise UsageError(f"--device {device}: this machine has {count} usable GPUs; --device cpu gives the same bytes")
+        raise UsageError(
+            f"--device {device}: this machine has {count} usable GPUs; --device cpu gives the same bytes"
+        )
     if ranks.world_size > 1:
         chosen = [chosen[ranks.local_rank % len(chosen)]]
     return [f"cuda:{number}" for number in chosen]
@@ -49,3 +51,12 @@ def default_workers(devices: Sequence[str]) -> int:
         return min(cores, _MAX_CPU_WORKERS)
     # A GPU worker keeps about two cores busy: one reads, one hashes and writes.
     return max(len(devices), min(_WORKERS_PER_GPU * len(devices), cores // 2))
+
+
+def host_nbytes_per_worker(devices: Sequence[str]) -> int:
+    """Returns a bound on the buffers of one worker in host memory.
+
+    On a GPU two batches of pinned input and output, on the CPU a few pieces; either is independent of
+    the sizes of shards and tensors, but for weights with more than 65,536 columns.
+    """
+    return 320 << 20 if list(devices) != ["cpu"] else 32 << 20

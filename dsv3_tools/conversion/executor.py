@@ -14,20 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from dsv3_tools.checkpoint.paths import MANIFEST_NAME
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.crew import Crew
 from dsv3_tools.conversion.destination import State, clear, finished_shards, replaceable_nbytes, survey
-from dsv3_tools.conversion.devices import resolve_devices
+from dsv3_tools.conversion.devices import default_workers, host_nbytes_per_worker, resolve_devices
 from dsv3_tools.conversion.finish import finish
 from dsv3_tools.conversion.options import RunOptions
-from dsv3_tools.conversion.plan import Plan
-from dsv3_tools.conversion.preflight import check_places, check_room, check_scales
+from dsv3_tools.conversion.plan import Plan, ShardPlan
+from dsv3_tools.conversion.preflight import check_places, check_room, check_scales, free_nbytes
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import Dsv3Error, UsageError
 
-__all__ = ["RunResult", "run"]
+__all__ = ["Preview", "RunResult", "preview", "run"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,51 @@ class RunResult:
     def manifest(self) -> Path:
         """Where the SHA-256 of every file is written down."""
         return self.destination / MANIFEST_NAME
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do with its destination.
+
+    `host_nbytes` bounds the memory of all workers' buffers; `problem` is why the run would be
+    refused, or None.
+    """
+
+    state: State
+    shards_to_write: int
+    nbytes_to_write: int
+    nbytes_free: int
+    devices: tuple[str, ...]
+    workers: int
+    host_nbytes: int
+    problem: Dsv3Error | None
+
+
+def preview(
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions
+) -> Preview:
+    """Returns what `run` would do, having looked at everything but the data, and written nothing."""
+    ranks = Ranks()
+    problem, state, missing, devices = None, State.FRESH, plan.shards, ["cpu"]
+    try:
+        devices = resolve_devices(options.device, ranks)
+        check_places(checkpoints, destination)
+        state = survey(plan, destination, overwrite=options.overwrite)
+        missing = _missing(plan, Workspace(destination), state)
+        _check_room(plan, Workspace(destination), state)
+    except Dsv3Error as error:
+        problem = error
+    workers = max(1, min(options.workers or default_workers(devices), len(missing)))
+    return Preview(
+        state=state,
+        shards_to_write=len(missing),
+        nbytes_to_write=sum(shard.nbytes for shard in missing),
+        nbytes_free=free_nbytes(destination),
+        devices=tuple(devices),
+        workers=workers,
+        host_nbytes=workers * host_nbytes_per_worker(devices),
+        problem=problem,
+    )
 
 
 def run(
@@ -120,13 +165,8 @@ def _start(
     state = survey(plan, destination, overwrite=options.overwrite)
     if state is State.COMPLETE:
         return None
-    missing = plan.shards
-    if state is State.RESUME:
-        journal = workspace.read_journal()
-        missing = tuple(shard for shard in plan.shards if shard.name not in journal)
-    freed = replaceable_nbytes(destination) if state is State.FRESH else workspace.temporary_nbytes()
-    check_room(destination, sum(shard.nbytes for shard in missing) - freed)
-    check_scales(plan, missing, checkpoints, nonfinite=options.nonfinite)
+    _check_room(plan, workspace, state)
+    check_scales(plan, _missing(plan, workspace, state), checkpoints, nonfinite=options.nonfinite)
     held.enter_context(workspace.locked())
     # Another run may have come and gone since the first look.
     state = survey(plan, destination, overwrite=options.overwrite)
@@ -138,6 +178,23 @@ def _start(
         workspace.record_plan(plan)
     workspace.remove_temporaries()
     return finished_shards(plan, workspace)
+
+
+def _missing(plan: Plan, workspace: Workspace, state: State) -> tuple[ShardPlan, ...]:
+    """Returns the shards that no journal line speaks of."""
+    if state is State.COMPLETE:
+        return ()
+    journal = workspace.read_journal() if state is State.RESUME else {}
+    return tuple(shard for shard in plan.shards if shard.name not in journal)
+
+
+def _check_room(plan: Plan, workspace: Workspace, state: State) -> None:
+    """Refuses a run that the disk cannot hold, counting what it would remove first as free."""
+    freed = workspace.temporary_nbytes()
+    if state is State.FRESH:
+        freed += replaceable_nbytes(workspace.destination)
+    needed = sum(shard.nbytes for shard in _missing(plan, workspace, state))
+    check_room(workspace.destination, needed - freed)
 
 
 def _nothing() -> None:

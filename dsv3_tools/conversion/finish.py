@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from dsv3_tools import __version__
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.durable import write_file
 from dsv3_tools.checkpoint.index import INDEX_NAME
-from dsv3_tools.checkpoint.paths import MANIFEST_NAME, read_small_file
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, encode_manifest
+from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.plan import PLAN_VERSION, Plan
 from dsv3_tools.conversion.recode import MAX_SIDE_FILE_BYTES
@@ -40,8 +40,7 @@ def finish(
     for name, data in small.items():
         write_file(workspace.destination / name, data, folder=workspace.folder)
     manifest = _manifest(plan, done, small)
-    text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
-    write_file(workspace.destination / MANIFEST_NAME, text, folder=workspace.folder)
+    write_file(workspace.destination / MANIFEST_NAME, encode_manifest(manifest), folder=workspace.folder)
     workspace.remove()
     return manifest
 
@@ -58,7 +57,8 @@ def _manifest(plan: Plan, done: Mapping[str, JournalEntry], small: Mapping[str, 
     """Returns the manifest: no time and no host in it, so that equal runs give equal manifests."""
     files = {shard.name: {"nbytes": shard.nbytes, "sha256": done[shard.name].sha256} for shard in plan.shards}
     files |= {
-        name: {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in small.items()
+        name: {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in small.items()
     }
     nonfinite: Counter[str] = Counter()
     for entry in done.values():
@@ -72,7 +72,13 @@ def _manifest(plan: Plan, done: Mapping[str, JournalEntry], small: Mapping[str, 
         "nonfinite": dict(sorted(nonfinite.items())),
         "dropped": dict(plan.dropped),
         "sources": [
-            {"origin": f.origin, "name": f.name, "nbytes": f.nbytes, "mtime_ns": f.mtime_ns, "sha256": f.sha256}
+            {
+                "origin": f.origin,
+                "name": f.name,
+                "nbytes": f.nbytes,
+                "mtime_ns": f.mtime_ns,
+                "sha256": f.sha256,
+            }
             for f in plan.source_files
         ],
         "files": dict(sorted(files.items())),

@@ -11,7 +11,9 @@ from dsv3_tools.conversion.plan import ShardPlan, Step
 __all__ = ["lay_out"]
 
 
-def lay_out(checkpoint: Checkpoint, steps: Sequence[Step], max_shard_size: int | None) -> tuple[ShardPlan, ...]:
+def lay_out(
+    checkpoint: Checkpoint, steps: Sequence[Step], max_shard_size: int | None
+) -> tuple[ShardPlan, ...]:
     """Returns the output shards.
 
     Without `max_shard_size` every step stays in the shard of its weight, and a source shard that
@@ -32,5 +34,6 @@ def lay_out(checkpoint: Checkpoint, steps: Sequence[Step], max_shard_size: int |
         groups[-1].append(step)
         last_shard, filled = shard, filled + nbytes
     return tuple(
-        ShardPlan.build(shard_name(number, len(groups)), group) for number, group in enumerate(groups, start=1)
+        ShardPlan.build(shard_name(number, len(groups)), group)
+        for number, group in enumerate(groups, start=1)
     )

@@ -10,7 +10,6 @@ import numpy as np
 from dsv3_tools.checkpoint.dtypes import FLOAT_DTYPES
 from dsv3_tools.conversion.pieces import Piece
 from dsv3_tools.errors import CheckpointError
-from dsv3_tools.kernels.nonfinite import first_nonfinite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,6 +48,8 @@ class NonfinitePolicy:
         if self._keep:
             self.counts[name] += count
             return
+        from dsv3_tools.kernels.nonfinite import first_nonfinite
+
         if piece.writes["weight"].spec.dtype in FLOAT_DTYPES:
             found = first_nonfinite(written["weight"], piece.writes["weight"].spec.dtype)
         else:

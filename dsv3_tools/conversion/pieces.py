@@ -62,7 +62,9 @@ def cut(shard: ShardPlan, header: Header, max_nbytes: int) -> Iterator[Piece]:
     `max_nbytes`: 128 rows of 18,432 columns in BF16 are 4.7 MB.
     """
     for step in shard.steps:
-        yield from _copy_pieces(step, header, max_nbytes) if step.is_copy else _stripes(step, header, max_nbytes)
+        yield from (
+            _copy_pieces(step, header, max_nbytes) if step.is_copy else _stripes(step, header, max_nbytes)
+        )
 
 
 def _copy_pieces(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]:
@@ -84,7 +86,9 @@ def _stripes(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]:
     assert step.source is not None and step.target is not None
     rows, *rest = step.shape
     together = lcm(step.source.row_alignment, step.target.row_alignment)
-    row_nbytes = max(1, sum(spec.nbytes for spec in step.output_specs((together, *rest)).values()) // together)
+    row_nbytes = max(
+        1, sum(spec.nbytes for spec in step.output_specs((together, *rest)).values()) // together
+    )
     height = max(together, max_nbytes // row_nbytes // together * together)
     for first in range(0, rows, height):
         shape = (min(height, rows - first), *rest)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsv3_tools.checkpoint.dtypes import torch_dtype
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
+from dsv3_tools.conversion.buffers import as_array, as_bytes, view
 from dsv3_tools.conversion.nonfinite import NonfinitePolicy
 from dsv3_tools.conversion.pieces import Piece, cut
 from dsv3_tools.conversion.plan import ShardPlan
@@ -17,8 +17,6 @@ from dsv3_tools.formats.recode import recode_into
 from dsv3_tools.kernels.nonfinite import count_nonfinite
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = ["CpuPipeline"]
@@ -80,7 +78,7 @@ class CpuPipeline:
         buffer = self._buffers.get(role)
         if buffer is None or buffer.numel() < spec.nbytes:
             buffer = self._buffers[role] = torch.empty(max(spec.nbytes, 1 << 16), dtype=torch.uint8)
-        return buffer[: spec.nbytes].view(torch_dtype(spec.dtype)).reshape(spec.shape)
+        return view(buffer, 0, spec)
 
 
 class _ReadAhead:
@@ -108,15 +106,3 @@ class _ReadAhead:
             self._start += count
             if self._start >= nbytes:
                 self._next, self._start = self._next + 1, 0
-
-
-def as_array(tensor: Tensor) -> NDArray[np.uint8]:
-    """Returns a CPU tensor's bytes as a flat array over the same memory."""
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Returns a CPU tensor's bytes as a buffer over the same memory."""
-    return as_array(tensor).data

@@ -212,7 +212,11 @@ class Plan:
         before: Counter[tuple[str, str]] = Counter()
         after: Counter[tuple[str, str]] = Counter()
         for step in (step for shard in self.shards for step in shard.steps):
-            key = (step.source.name, step.target.name) if step.source and step.target else (step.dtype, "copied")
+            key = (
+                (step.source.name, step.target.name)
+                if step.source and step.target
+                else (step.dtype, "copied")
+            )
             counts[key] += 1
             own = {part: spec for part, spec in step.input_specs(step.shape).items() if part != LIKE_PART}
             before[key] += sum(spec.nbytes for spec in own.values())

@@ -40,7 +40,9 @@ def check_places(checkpoints: Mapping[str, Checkpoint], destination: Path) -> No
             )
     if not target.is_dir():
         return
-    sources = {_identity(shard.path) for checkpoint in checkpoints.values() for shard in checkpoint.shards.values()}
+    sources = {
+        _identity(shard.path) for checkpoint in checkpoints.values() for shard in checkpoint.shards.values()
+    }
     for path in target.glob("*.safetensors"):
         if path.exists() and _identity(path) in sources:
             raise UsageError(f"{path}: is the same file as one of the source; choose another directory")
@@ -82,7 +84,10 @@ def check_scales(
     """
     steps = [step for shard in shards for step in shard.steps if not step.is_copy]
     tasks = [
-        (step, ref) for step in steps for part, ref in step.inputs.items() if part in ("weight_scale_inv", LIKE_PART)
+        (step, ref)
+        for step in steps
+        for part, ref in step.inputs.items()
+        if part in ("weight_scale_inv", LIKE_PART)
     ]
     keep = nonfinite == "keep"
     judge_magnitude = not plan.options.get("scale_semantics_given", False)

@@ -67,7 +67,9 @@ class Ranks:
             from torch import distributed
 
             outcomes = [None] * self.world_size
-            distributed.all_gather_object(outcomes, (value, None if error is None else (type(error), str(error))))
+            distributed.all_gather_object(
+                outcomes, (value, None if error is None else (type(error), str(error)))
+            )
             if error is not None:
                 raise error
             for rank, (_, failure) in enumerate(outcomes):

@@ -145,7 +145,9 @@ def _target_format(scale_fmt: str | None, like: Checkpoint | None) -> FP8Block:
     if fmt.inverse_scales:
         raise CheckpointError(f"{like.directory}: stores reciprocal scales, which --like cannot take over")
     if scale_fmt not in (None, fmt.scale_fmt):
-        raise UsageError(f"--scale-fmt {scale_fmt}: {like.directory} has {fmt.scale_fmt} scales; leave one of them out")
+        raise UsageError(
+            f"--scale-fmt {scale_fmt}: {like.directory} has {fmt.scale_fmt} scales; leave one of them out"
+        )
     return fmt
 
 

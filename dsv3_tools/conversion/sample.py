@@ -125,7 +125,7 @@ def _format(weights: str) -> FP8Block | None:
 
 
 def _specs(config: ModelConfig, fmt: FP8Block | None) -> dict[str, TensorSpec]:
-    specs = {}
+    specs: dict[str, TensorSpec] = {}
     for name, spec in dense_tensors(config).items():
         parsed = parse_name(name)
         assert parsed is not None, name
@@ -139,9 +139,11 @@ def _specs(config: ModelConfig, fmt: FP8Block | None) -> dict[str, TensorSpec]:
 def _split(specs: Mapping[str, TensorSpec], total: int, count: int) -> list[list[str]]:
     """Cuts the tensors, in order, into `count` files of about equal size."""
     groups: list[list[str]] = [[] for _ in range(count)]
-    position = 0
+    position = group = 0
     for name, spec in specs.items():
-        groups[min(count - 1, position * count // max(1, total))].append(name)
+        if not name.endswith("_scale_inv"):  # a scale stays with the weight before it
+            group = min(count - 1, position * count // max(1, total))
+        groups[group].append(name)
         position += spec.nbytes
     return [group for group in groups if group]
 

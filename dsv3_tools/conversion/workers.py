@@ -89,4 +89,6 @@ def _do_one(do: Callable[[ShardPlan], None], shard: ShardPlan) -> None:
     except Dsv3Error:
         raise
     except Exception as error:
-        raise Dsv3Error(f"{shard.name}: the worker on this shard failed: {type(error).__name__}: {error}") from error
+        raise Dsv3Error(
+            f"{shard.name}: the worker on this shard failed: {type(error).__name__}: {error}"
+        ) from error

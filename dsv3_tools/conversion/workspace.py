@@ -1,12 +1,12 @@
 """The working folder `.dsv3` of a destination: lock, plan and journal of a run that is not finished.
 
-    .dsv3/lock            held while a process writes here (good manners; safety lies in unique
-                          temporary names and rename, because some cluster filesystems grant
-                          every lock)
-    .dsv3/owner.json      who holds it
-    .dsv3/plan.json       digest of the plan and what its source files were
-    .dsv3/journal*.jsonl  one line for each finished shard, appended after its rename
-    .dsv3/*.tmp           files being written
+.dsv3/lock            held while a process writes here (good manners; safety lies in unique
+                      temporary names and rename, because some cluster filesystems grant
+                      every lock)
+.dsv3/owner.json      who holds it
+.dsv3/plan.json       digest of the plan and what its source files were
+.dsv3/journal*.jsonl  one line for each finished shard, appended after its rename
+.dsv3/*.tmp           files being written
 """
 
 from __future__ import annotations
@@ -67,8 +67,14 @@ class Workspace:
             try:
                 lock.acquire()
             except Timeout:
-                raise DestinationError(f"{self.destination}: {self._owner()} is writing to it; wait for it to end") from None
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+                raise DestinationError(
+                    f"{self.destination}: {self._owner()} is writing to it; wait for it to end"
+                ) from None
+            owner = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "start": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+            }
         try:
             write_file(self.folder / OWNER_NAME, json.dumps(owner).encode(), folder=self.folder)
             yield

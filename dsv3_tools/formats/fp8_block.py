@@ -102,10 +102,14 @@ class FP8Block(Format):
         """
         method, fmt = config.get("quant_method"), config.get("fmt", "e4m3")
         if method != "fp8" or fmt != "e4m3":
-            raise FormatError(f"{where}: quantization is {method!r} with fmt {fmt!r}, expected 'fp8' with 'e4m3'")
+            raise FormatError(
+                f"{where}: quantization is {method!r} with fmt {fmt!r}, expected 'fp8' with 'e4m3'"
+            )
         block = config.get("weight_block_size")
         if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-            raise FormatError(f"{where}: weight_block_size is {block!r}, expected two numbers such as [128, 128]")
+            raise FormatError(
+                f"{where}: weight_block_size is {block!r}, expected two numbers such as [128, 128]"
+            )
         scale_fmt = config.get("scale_fmt") or "f32"
         if scale_fmt not in ("f32", "ue8m0"):
             raise FormatError(f"{where}: scale_fmt is {scale_fmt!r}, expected 'ue8m0' or none")

@@ -16,7 +16,7 @@ from numba import njit
 __all__ = ["count_nonfinite", "first_nonfinite"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_compiled: Callable[[_F], _F] = njit(nogil=True, cache=True)
+_compiled: Callable[[_F], _F] = njit(nogil=True)
 
 _THRESHOLD: dict[str, Any] = {
     "BF16": np.uint16(0x7F80),
@@ -29,6 +29,14 @@ _THRESHOLD: dict[str, Any] = {
 """Per safetensors dtype the smallest magnitude bits that are not finite, as wide as an element."""
 
 _CHUNK = 4096  # elements: long enough to hide a loop's start, short enough to look at twice in L1 cache
+
+
+def _cached(function: _F) -> _F:
+    """Compiles a function that Python calls; kept on disk where there is a place for it."""
+    try:
+        return njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # an installation that is read-only, in a container with no home
+        return _compiled(function)
 
 
 def count_nonfinite(data: np.ndarray[Any, np.dtype[np.uint8]], dtype: str) -> int:
@@ -63,7 +71,7 @@ def _largest_magnitude(bits: Any, infinity: Any) -> Any:
     return largest
 
 
-@_compiled
+@_cached
 def _count(bits: Any, infinity: Any) -> Any:
     shifted = type(infinity)(infinity << 1)
     count = 0
@@ -75,7 +83,7 @@ def _count(bits: Any, infinity: Any) -> Any:
     return count
 
 
-@_compiled
+@_cached
 def _first(bits: Any, infinity: Any) -> Any:
     shifted = type(infinity)(infinity << 1)
     for start in range(0, bits.size, _CHUNK):

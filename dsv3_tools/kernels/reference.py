@@ -138,5 +138,6 @@ def _block_reduce(values: Tensor, block_size: tuple[int, int], *, fill: float, l
     rows, columns = values.shape
     pad = (0, -columns % block_size[1], 0, -rows % block_size[0])
     padded = torch.nn.functional.pad(values, pad, value=fill)
-    blocks = padded.unflatten(1, (-1, block_size[1])).unflatten(0, (-1, block_size[0]))
+    block_rows, block_columns = (n // size for n, size in zip(padded.shape, block_size, strict=True))
+    blocks = padded.reshape(block_rows, block_size[0], block_columns, block_size[1])
     return blocks.amax((1, 3)) if largest else blocks.amin((1, 3))

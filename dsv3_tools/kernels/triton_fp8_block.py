@@ -16,6 +16,10 @@ Bit for bit equal to `reference.py` from compute capability 8.0 on:
   nothing where the weights are sound.
 """
 
+# Triton compiles its functions from source and knows no annotations; its kernels take pointers by position.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: PLR0917
+
 from __future__ import annotations
 
 import contextlib
@@ -193,7 +197,7 @@ class _Group:
         table[_FIRST_TILE] = np.cumsum(tiles) - tiles
         self.num_tiles = int(tiles.sum())
         if self.num_tiles >= 1 << 31:
-            raise ValueError(f"a group of {self.num_tiles} tiles, expected less than 2**31; pass fewer weights")
+            raise ValueError(f"a group of {self.num_tiles} tiles, expected under 2**31; pass fewer weights")
         self.align = _common_alignment(table, sources[0].element_size(), targets[0].element_size(), vector)
         self._num_items = num_items
         self._single = tuple(int(x) for x in table[:_FIRST_TILE, 0])
@@ -266,7 +270,9 @@ def _common_alignment(table: np.ndarray, source_size: int, target_size: int, vec
 
 def _check_block_size(block_size: tuple[int, int]) -> None:
     if any(size < 1 or size & (size - 1) for size in block_size):
-        raise FormatError(f"block_size: got {tuple(block_size)}, expected powers of two (the CUDA kernels' tiles)")
+        raise FormatError(
+            f"block_size: got {tuple(block_size)}, expected powers of two (the tiles of the CUDA kernels are)"
+        )
 
 
 def _check_items(
@@ -285,8 +291,8 @@ def _check_items(
         for i, t in enumerate(tensors):
             if t.dtype != first.dtype or t.device != source.device or t.ndim != 2 or not t.is_contiguous():
                 raise ValueError(
-                    f"item {i} {kind}: got {t.dtype} {tuple(t.shape)} on {t.device}, expected a contiguous matrix "
-                    f"of {first.dtype} on {source.device}"
+                    f"item {i} {kind}: got {t.dtype} {tuple(t.shape)} on {t.device}, expected a contiguous "
+                    f"matrix of {first.dtype} on {source.device}"
                 )
     for i, (s, t) in enumerate(zip(sources, targets, strict=True)):
         rows, columns = s.shape
@@ -312,7 +318,7 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 # Below here runs on the device. Bit patterns of float32: 0x7F800000 infinity, 0x7FC00000 the one NaN.
 
-_UNSPECIALIZED = ["num_items", "source", "scale", "target", "like", "rows", "columns"]
+_UNSPECIALIZED = ["table", "counts", "num_items", "source", "scale", "target", "like", "rows", "columns"]
 """One compilation for all pointers and shapes: what the kernels may assume of them is `ALIGN`."""
 
 
@@ -358,7 +364,7 @@ def _bits_after_rounding(value, DTYPE: tl.constexpr):
     """Returns the float32 bits of `value` after rounding to DTYPE, any NaN spelled 0x7FC00000."""
     bits = value.to(tl.int32, bitcast=True)
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     return tl.where(nan, 0x7FC00000, bits)
 
@@ -380,7 +386,7 @@ def _dequantize_unsound(
         product = (_value_of_code(code) * 2.0**120) * block_scale
         product = tl.where((code & 0x7F) == 0x7F, float("nan"), product)
         bits = _bits_after_rounding(product, OUT)
-        if OUT == tl.bfloat16:
+        if OUT.is_bf16():
             tl.store(raw_outs + offset, (bits >> 16).to(tl.int16), mask=mask)
         else:
             tl.store(raw_outs + offset, bits, mask=mask)
@@ -421,7 +427,7 @@ def _dequantize_kernel(
     codes = tl.multiple_of(source.to(tl.int64).to(tl.pointer_type(tl.uint8)), ALIGN)
     OUT_BYTES: tl.constexpr = OUT.primitive_bitwidth // 8
     outs = tl.multiple_of(target.to(tl.int64).to(tl.pointer_type(OUT)), min(ALIGN * OUT_BYTES, 16))
-    raw_outs = outs.to(tl.pointer_type(tl.int16 if OUT == tl.bfloat16 else tl.int32), bitcast=True)
+    raw_outs = outs.to(tl.pointer_type(tl.int16 if OUT.is_bf16() else tl.int32), bitcast=True)
     scales = scale.to(tl.int64).to(tl.pointer_type(tl.float32))
     columns = columns // ALIGN * ALIGN  # no change; tells the compiler (a hint would not outlive inlining)
 
@@ -452,14 +458,16 @@ def _dequantize_kernel(
         largest = tl.max(tl.reshape(tl.abs(value), (TILE_ROWS * TILE_COLUMNS,), can_reorder=True), 0)
         if (largest.to(tl.int32, bitcast=True) > (0x7E << 20)) | (sound_scales == 0):
             tl.debug_barrier()  # orders the stores below after the one above, whichever thread made that
-            count = _dequantize_unsound(codes, raw_outs, block_scale, row, column, rows, columns, OUT, TILE_ROWS)
+            count = _dequantize_unsound(
+                codes, raw_outs, block_scale, row, column, rows, columns, OUT, TILE_ROWS
+            )
             if count > 0:
                 tl.atomic_add(counts + item, count)
 
 
 @triton.jit
 def _divide(value, scale):
-    """Returns value / scale, correctly rounded, where its magnitude is at least 2**-11; less than 2**-10 elsewhere.
+    """Returns value / scale: correctly rounded from 2**-11 on, something under 2**-10 where it is smaller.
 
     `scale` must be within `_is_easy`. Markstein: a quotient from the correctly rounded reciprocal is within
     2 units in the last place; one exact remainder brings it within 1, a second one rounds it
@@ -503,14 +511,15 @@ def _encode(bits, scale, ANY_SCALE: tl.constexpr):
 @triton.jit
 def _widen(raw, WEIGHT: tl.constexpr):
     """Returns the float32 bits, as int32, of weights loaded as integers of their size."""
-    if WEIGHT == tl.bfloat16:
-        return raw.to(tl.int32) << 16
-    elif WEIGHT == tl.float16:
+    if WEIGHT.is_bf16():
+        bits = raw.to(tl.int32) << 16
+    elif WEIGHT.is_fp16():
         bits = raw.to(tl.float16, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
         # The one NaN that widens to 0x7FC00000; the instruction spells all of them 0x7FFFFFFF.
-        return tl.where(raw == 0x7E00, 0x7FC00000, bits)
+        bits = tl.where(raw == 0x7E00, 0x7FC00000, bits)
     else:
-        return raw
+        bits = raw
+    return bits
 
 
 @triton.jit
@@ -623,7 +632,7 @@ def _quantize_kernel(
         table, num_items, source, scale, target, like, rows, columns, GROUPED
     )
     WEIGHT_BYTES: tl.constexpr = WEIGHT.primitive_bitwidth // 8
-    RAW: tl.constexpr = tl.int32 if WEIGHT == tl.float32 else tl.int16
+    RAW: tl.constexpr = tl.int32 if WEIGHT.is_fp32() else tl.int16
     columns = columns // ALIGN * ALIGN  # no change; tells the compiler (a hint would not outlive inlining)
 
     TILE_COLUMNS: tl.constexpr = TILE_BLOCKS * BLOCK_COLUMNS
@@ -664,7 +673,9 @@ def _quantize_kernel(
 
     if all_finite & (tl.min(_is_easy(block_scale).to(tl.int32), 0) == 1):
         if NUM_ROWS < BLOCK_ROWS:
-            _write_codes(weights, codes, block_scale, column, rows, columns, WEIGHT, BLOCK_ROWS, NUM_ROWS, True)
+            _write_codes(
+                weights, codes, block_scale, column, rows, columns, WEIGHT, BLOCK_ROWS, NUM_ROWS, True
+            )
         else:
             code = _encode(bits, block_scale[None, :, None], False)
             tl.store(codes + offset, code.to(tl.uint8), mask=mask, eviction_policy="evict_first")

@@ -181,6 +181,7 @@ def test_dequantize_from_an_odd_address() -> None:
     seed=st.integers(0, 2**31),
 )
 def test_dequantize_property(
+    *,
     rows: int,
     columns: int,
     block_size: tuple[int, int],
@@ -259,6 +260,7 @@ def test_quantize_zeros(scale_fmt: str) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_quantize_property(
+    *,
     rows: int,
     columns: int,
     block_size: tuple[int, int],
@@ -324,6 +326,7 @@ def test_likes_that_are_no_scale_are_not_kept(like: float) -> None:
     seed=st.integers(0, 2**31),
 )
 def test_likes_property(
+    *,
     rows: int,
     columns: int,
     block_size: tuple[int, int],

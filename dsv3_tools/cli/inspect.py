@@ -1,0 +1,79 @@
+"""`dsv3 inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+
+from dsv3_tools.cli.options import debug_option, directory_argument, json_option
+from dsv3_tools.cli.output import as_json as jsonable
+from dsv3_tools.cli.output import print_json, print_line, print_table, size
+from dsv3_tools.verify.inspection import Inspection
+from dsv3_tools.verify.inspection import inspect as inspect_checkpoint
+
+__all__ = ["inspect"]
+
+
+@click.command("inspect")
+@directory_argument("source")
+@json_option
+@debug_option
+def inspect(source: Path, *, as_json: bool) -> None:
+    """Say what a checkpoint is, from config.json, index and headers; no weight is read.
+
+    \b
+    Example:
+      dsv3 inspect miniature/checkpoint
+    """
+    found = inspect_checkpoint(source)
+    if as_json:
+        print_json(jsonable(found))
+    else:
+        _print(found)
+
+
+def _print(found: Inspection) -> None:
+    config, parameters = found.config, found.parameters
+    print_line(
+        f"{found.directory}: {found.model_type}, {config.num_hidden_layers} layers "
+        f"({min(config.first_k_dense_replace, config.num_hidden_layers)} dense), hidden size {config.hidden_size:,}"
+    )
+    print_line(
+        f"  experts: {config.n_routed_experts} routed, {config.num_experts_per_tok} per token, "
+        f"{config.n_shared_experts} shared"
+    )
+    print_line(
+        f"  parameters: {parameters.total:,} ({parameters.active:,} active per token, "
+        f"{parameters.routed:,} in routed experts)"
+    )
+    if found.mtp_layers:
+        layers = ", ".join(map(str, found.mtp_layers))
+        print_line(
+            f"  MTP module: layer {layers}, {found.mtp_tensors:,} tensors, {parameters.mtp:,} parameters, "
+            f"{size(found.mtp_nbytes)}"
+        )
+    else:
+        print_line("  MTP module: none")
+    print_line(f"  quantization: {_quantization(found)}")
+    print_line(
+        f"  {found.num_tensors:,} tensors, {found.nbytes:,} bytes in {found.num_shards} shards "
+        f"({found.nbytes_on_disk:,} bytes on disk)"
+    )
+    print_table(
+        [
+            (dtype, f"{count.num_tensors:,} tensors", f"{count.nbytes:,} bytes")
+            for dtype, count in found.dtypes.items()
+        ],
+        indent="    ",
+    )
+    if found.written_by_dsv3:
+        print_line(f"  has a manifest; to check its hashes: dsv3 verify integrity {found.directory}")
+    for line in found.odd:
+        print_line(f"  odd: {line}")
+
+
+def _quantization(found: Inspection) -> str:
+    if found.quantization is None:
+        return "none"
+    return ", ".join(f"{key} {value}" for key, value in found.quantization.items())

@@ -1,0 +1,87 @@
+"""Options that several commands share, and the values that they parse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rich_click as click
+
+__all__ = ["SIZE", "debug_option", "directory_argument", "json_option", "run_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
+        if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size such as 5GB, 4GiB or 5000000000", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+SIZE = _Size()
+
+
+def directory_argument(name: str) -> Callable[[F], F]:
+    """A directory; whether it is right is for the command to say."""
+    return click.argument(name, type=click.Path(path_type=Path))
+
+
+def json_option(function: F) -> F:
+    """Adds `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")(
+        function
+    )
+
+
+def debug_option(function: F) -> F:
+    """Adds `--debug`, which the error handler looks for on the command line."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
+        function
+    )
+
+
+def run_options(function: F) -> F:
+    """Adds the options of every command that writes a checkpoint."""
+    options = [
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda, or cuda:0,1. The bytes written are the same on every device.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="Shards worked on at once.  [default: the cores, or a few for each GPU]",
+        ),
+        click.option(
+            "--max-shard-size",
+            type=SIZE,
+            help="Bytes of tensors in an output shard, such as 5GB.  [default: the source's shard boundaries]",
+        ),
+        click.option(
+            "--nonfinite",
+            type=click.Choice(["error", "keep"]),
+            default="error",
+            show_default=True,
+            help="Refuse NaN and infinity in scales and weights, or keep and count them.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST."),
+        click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing."),
+        json_option,
+        debug_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function

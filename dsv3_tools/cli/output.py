@@ -1,0 +1,74 @@
+"""What is printed: results on stdout, everything else on stderr, nothing interpreted as markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["as_json", "print_error", "print_json", "print_line", "print_note", "print_table", "size"]
+
+_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def size(nbytes: float) -> str:
+    """Returns a number of bytes with a decimal unit: 688.57 GB."""
+    for unit, factor in _UNITS:
+        if abs(nbytes) >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def print_line(text: str = "") -> None:
+    """Prints a line of the result."""
+    print(_plain(text))
+
+
+def print_note(text: str) -> None:
+    """Prints a line about the run, on stderr."""
+    print(_plain(text), file=sys.stderr)
+
+
+def print_table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> None:
+    """Prints rows in columns; numbers (anything that starts with a digit) to the right."""
+    if not rows:
+        return
+    widths = [max(len(_plain(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            _plain(cell).rjust(width) if cell[:1].isdigit() else _plain(cell).ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        print((indent + "  ".join(cells)).rstrip())
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Prints the one JSON document of a `--json` run."""
+    print(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def print_error(message: str, code: int, *, as_json: bool, kind: str = "Interrupted") -> None:
+    """Prints an error as one line on stderr, and as the JSON document of a `--json` run."""
+    line = " ".join(_plain(message).split())
+    print(f"dsv3: {line}", file=sys.stderr)
+    if as_json:
+        print_json({"error": {"kind": kind, "message": line}, "exit_code": code})
+
+
+def as_json(value: Any) -> Any:
+    """Returns a result as JSON values: dataclasses as objects, paths as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _plain(text: str) -> str:
+    """Returns `text` with control characters escaped: names come from files that may be hostile."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

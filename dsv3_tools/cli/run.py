@@ -1,0 +1,152 @@
+"""Shows a plan, carries it out, and says what was done: the same for every command that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.cli.output import as_json as jsonable
+from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
+from dsv3_tools.cli.progress import shown_progress
+from dsv3_tools.cli.signals import stop_on_signals
+from dsv3_tools.conversion.executor import Preview, RunResult, preview, run
+from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.plan import Plan
+
+__all__ = ["execute"]
+
+
+def execute(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: Path,
+    *,
+    device: str,
+    workers: int | None,
+    nonfinite: str,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Carries out `plan`, or only shows it."""
+    options = RunOptions(device, workers, overwrite, nonfinite)
+    if dry_run:
+        _dry_run(plan, checkpoints, destination, options, as_json=as_json)
+        return
+    if not as_json:
+        _print_plan(plan, checkpoints["source"], destination)
+    with stop_on_signals() as stop, shown_progress(plan.operation) as update:
+        result = run(
+            plan,
+            checkpoints,
+            destination,
+            RunOptions(device, workers, overwrite, nonfinite, on_progress=update, stop=stop),
+        )
+    if as_json:
+        print_json(jsonable(result) | {"manifest": str(result.manifest)})
+    else:
+        _print_result(result)
+
+
+def _dry_run(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: Path,
+    options: RunOptions,
+    *,
+    as_json: bool,
+) -> None:
+    found = preview(plan, checkpoints, destination, options)
+    if as_json and found.problem is None:
+        print_json(_plan_json(plan, checkpoints["source"], destination, found))
+    elif not as_json:
+        _print_plan(plan, checkpoints["source"], destination)
+        _print_preview(plan, found)
+    if found.problem is not None:
+        raise found.problem
+
+
+def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview) -> dict[str, Any]:
+    return {
+        "operation": plan.operation,
+        "options": dict(plan.options),
+        "source": str(source.directory),
+        "destination": str(destination),
+        "nbytes_in": plan.nbytes_in,
+        "nbytes_out": plan.nbytes_out,
+        "payload_nbytes_out": plan.payload_nbytes,
+        "tensors_in": len(source.specs),
+        "tensors_out": plan.num_tensors_out,
+        "parameters": plan.total_parameters,
+        "shards": [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards],
+        "changes": jsonable(plan.changes()),
+        "dropped": dict(plan.dropped),
+        "copied_files": list(plan.side_files),
+        "left_behind": list(plan.left_behind),
+        "state": found.state.name.lower(),
+        "shards_to_write": found.shards_to_write,
+        "nbytes_to_write": found.nbytes_to_write,
+        "nbytes_free": found.nbytes_free,
+        "devices": list(found.devices),
+        "workers": found.workers,
+        "host_nbytes": found.host_nbytes,
+    }
+
+
+def _print_plan(plan: Plan, source: Checkpoint, destination: Path) -> None:
+    print_line(f"{plan.operation}: {source.directory} -> {destination}")
+    print_table(
+        [
+            (
+                f"{change.count:,}",
+                f"{change.before} -> {change.after}"
+                if change.after != "copied"
+                else f"{change.before} copied",
+                size(change.nbytes_before),
+                "->",
+                size(change.nbytes_after),
+            )
+            for change in plan.changes()
+        ]
+    )
+    for name, reason in plan.dropped.items():
+        print_line(f"  dropped: {name} ({reason})")
+    print_line(
+        f"  in: {len(source.specs):,} tensors, {plan.nbytes_in:,} bytes; "
+        f"out: {plan.num_tensors_out:,} tensors, {plan.payload_nbytes:,} bytes in {len(plan.shards)} shards"
+    )
+    print_line(f"  files copied: {', '.join(plan.side_files) or 'none'}")
+    if plan.left_behind:
+        print_line(f"  files left behind: {', '.join(plan.left_behind)}")
+
+
+def _print_preview(plan: Plan, found: Preview) -> None:
+    print_line(
+        f"  to write: {found.shards_to_write} of {len(plan.shards)} shards, {size(found.nbytes_to_write)}; "
+        f"free: {size(found.nbytes_free)}; state of the destination: {found.state.value}"
+    )
+    print_line(
+        f"  {found.workers} workers on {', '.join(found.devices)}, at most {size(found.host_nbytes)} of buffers"
+    )
+    print_line("  nothing was written (--dry-run)")
+
+
+def _print_result(result: RunResult) -> None:
+    if result.already_complete:
+        print_line(f"already complete: {result.destination} holds this result, nothing was written")
+        return
+    kept = f", {result.shards_resumed} were there already" if result.shards_resumed else ""
+    print_line(
+        f"wrote {result.shards_written} shards{kept}; {size(result.nbytes_out)} in all, {result.seconds:.1f} s "
+        f"with {result.workers} workers on {', '.join(result.devices)}"
+    )
+    if result.nonfinite:
+        total = sum(result.nonfinite.values())
+        print_note(
+            f"dsv3: kept {total:,} NaN or infinite elements in {len(result.nonfinite)} tensors, listed in the manifest"
+        )
+    print_line(
+        f"every file's SHA-256 is in {result.manifest}; to check: dsv3 verify integrity {result.destination}"
+    )

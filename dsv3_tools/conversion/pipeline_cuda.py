@@ -1,0 +1,240 @@
+"""One worker on a GPU: batches of many weights, one launch each, disk and PCIe kept busy meanwhile.
+
+A worker is two threads. This one reads the pieces of a batch into pinned memory and queues copy in,
+kernel and copy out on a CUDA stream of its own, without waiting. The other waits for a batch to come
+back and hashes and writes it, in file order, while the next one is read. Tensors that are only copied
+go into the same pinned buffer and never see the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.specs import TensorSpec
+from dsv3_tools.checkpoint.writer import ShardWriter
+from dsv3_tools.conversion.buffers import as_array, as_bytes, view
+from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.pieces import Piece, Read, Write, cut
+from dsv3_tools.conversion.plan import ShardPlan
+from dsv3_tools.conversion.progress import Meter, Stop
+from dsv3_tools.formats.recode import recode_into
+from dsv3_tools.kernels.nonfinite import count_nonfinite
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BATCH_NBYTES", "CudaPipeline"]
+
+BATCH_NBYTES = (64 << 20, 16 << 20, 8 << 20)
+"""Bytes of a batch's input buffer, and of its output buffer; tried in turn when memory runs out."""
+
+_SLOTS = 2
+_ALIGNMENT = 256
+_MAX_PIECES = 4096
+
+
+class CudaPipeline:
+    """Pinned and device buffers, a stream and a writing thread, reused for every shard.
+
+    Host memory: 2 slots x 2 buffers x `batch_nbytes`; device memory the same.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        stop: Stop,
+        meter: Meter,
+        *,
+        device: str,
+        batch_nbytes: int,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._stop = stop
+        self._meter = meter
+        self._device = device
+        self._batch_nbytes = batch_nbytes
+        self._slots: list[_Slot] = []
+        self._writing = ThreadPoolExecutor(1, "dsv3-write")
+
+    def close(self) -> None:
+        """Releases the buffers and ends the writing thread."""
+        self._writing.shutdown()
+        self._slots.clear()
+
+    def fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+        """Writes every tensor of `shard`."""
+        import torch
+
+        with torch.cuda.device(self._device):
+            if not self._slots:
+                self._slots = [_Slot(self._batch_nbytes, self._device) for _ in range(_SLOTS)]
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            try:
+                with torch.cuda.stream(self._stream):
+                    self._fill(shard, writer, policy)
+            finally:
+                for slot in self._slots:
+                    slot.abandon()
+                self._stream.synchronize()
+
+    def _fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+        _, header = shard.header()
+        slots = cycle(self._slots)
+        slot = next(slots)
+        for piece in cut(shard, header, self._batch_nbytes // 4):
+            self._stop.check()
+            if not slot.fits(piece):
+                slot.dispatch(self._writing, writer, policy)
+                slot = next(slots)
+                slot.wait()
+            slot.load(piece, self._checkpoints)
+            self._meter.add(piece.nbytes_in)
+        slot.dispatch(self._writing, writer, policy)
+        for slot in self._slots:
+            slot.wait()
+
+
+class _Loaded(NamedTuple):
+    """A piece and where each of its parts lies in the input and output buffers."""
+
+    piece: Piece
+    reads: dict[str, int]
+    writes: dict[str, int]
+
+
+class _Slot:
+    """One batch: pinned and device memory for what goes in and what comes out."""
+
+    def __init__(self, nbytes: int, device: str) -> None:
+        import torch
+
+        self._host_in = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._host_out = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._device_in = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._device_out = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._counts = torch.empty(_MAX_PIECES, dtype=torch.int32, pin_memory=True)
+        self._ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._written: Future[None] | None = None
+        self._reset()
+
+    def fits(self, piece: Piece) -> bool:
+        """Whether the piece can join: room in both buffers, and the formats of the batch.
+
+        Raises:
+            OutOfMemoryError: it is larger than an empty batch.
+        """
+        import torch
+
+        room = self._in_nbytes + _padded(read.spec for read in piece.reads.values()) <= len(self._host_in)
+        room &= self._out_nbytes + _padded(write.spec for write in piece.writes.values()) <= len(
+            self._host_out
+        )
+        if not room and not self._loaded:
+            raise torch.cuda.OutOfMemoryError("a stripe is larger than a batch")
+        coded = self._coded()
+        same = piece.step.is_copy or not coded or _formats(coded[0].piece) == _formats(piece)
+        return room and same and len(self._loaded) < _MAX_PIECES
+
+    def load(self, piece: Piece, checkpoints: Mapping[str, Checkpoint]) -> None:
+        """Reads a piece into the batch; one that is only copied straight into the output."""
+        reads, writes = {}, {}
+        for part, write in piece.writes.items():
+            writes[part] = self._out_nbytes
+            self._out_nbytes += _padded([write.spec])
+        for part, read in piece.reads.items():
+            if piece.step.is_copy:
+                place = view(self._host_out, writes[part], read.spec)
+            else:
+                reads[part] = self._in_nbytes
+                place = view(self._host_in, self._in_nbytes, read.spec)
+                self._in_nbytes += _padded([read.spec])
+            checkpoints[read.ref.origin].read_into(read.ref.name, read.start, as_bytes(place))
+        self._loaded.append(_Loaded(piece, reads, writes))
+
+    def dispatch(self, writing: ThreadPoolExecutor, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+        """Queues the batch's work on the current stream, and its writing behind it."""
+        coded = self._coded()
+        if coded:
+            source, target = coded[0].piece.step.source, coded[0].piece.step.target
+            assert source is not None and target is not None
+            self._device_in[: self._in_nbytes].copy_(self._host_in[: self._in_nbytes], non_blocking=True)
+            items = [self._parts(self._device_in, loaded.reads, loaded.piece.reads) for loaded in coded]
+            outs = [self._parts(self._device_out, loaded.writes, loaded.piece.writes) for loaded in coded]
+            counts = recode_into(source, target, items, outs)
+            for start, end in self._coded_spans():
+                self._host_out[start:end].copy_(self._device_out[start:end], non_blocking=True)
+            self._counts[: len(coded)].copy_(counts, non_blocking=True)
+        self._ready.record()
+        self._written = writing.submit(self._drain, writer, policy)
+
+    def wait(self) -> None:
+        """Waits until the batch is written, raises what went wrong, and empties the slot."""
+        if self._written is not None:
+            self._written.result()
+        self._reset()
+
+    def abandon(self) -> None:
+        """Makes sure that nobody uses the slot any more, whatever went wrong, and empties it."""
+        if self._written is not None and not self._written.cancel():
+            self._written.exception()
+        self._reset()
+
+    def _drain(self, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+        self._ready.synchronize()
+        counts = iter(self._counts[: len(self._coded())].tolist())
+        for loaded in self._loaded:
+            piece = loaded.piece
+            outs = self._parts(self._host_out, loaded.writes, piece.writes)
+            items = outs if piece.step.is_copy else self._parts(self._host_in, loaded.reads, piece.reads)
+            if piece.step.is_copy:
+                count = count_nonfinite(as_array(outs["weight"]), piece.writes["weight"].spec.dtype)
+            else:
+                count = next(counts)
+            if count:
+                policy.judge(
+                    piece,
+                    count,
+                    {part: as_array(item) for part, item in items.items()},
+                    {part: as_array(out) for part, out in outs.items()},
+                )
+            for part, write in piece.writes.items():
+                writer.write(write.offset, as_bytes(outs[part]))
+
+    def _reset(self) -> None:
+        self._in_nbytes = self._out_nbytes = 0
+        self._loaded: list[_Loaded] = []
+        self._written = None
+
+    def _coded(self) -> list[_Loaded]:
+        return [loaded for loaded in self._loaded if not loaded.piece.step.is_copy]
+
+    def _coded_spans(self) -> Iterator[tuple[int, int]]:
+        """Yields the stretches of the output buffer that come back from the device, joined where they touch."""
+        begin = end = 0
+        for loaded in self._coded():
+            first = min(loaded.writes.values())
+            if first != end:
+                if end > begin:
+                    yield begin, end
+                begin = first
+            end = first + _padded(write.spec for write in loaded.piece.writes.values())
+        yield begin, end
+
+    @staticmethod
+    def _parts(
+        buffer: Tensor, starts: Mapping[str, int], places: Mapping[str, Read] | Mapping[str, Write]
+    ) -> dict[str, Tensor]:
+        return {part: view(buffer, starts[part], place.spec) for part, place in places.items()}
+
+
+def _formats(piece: Piece) -> tuple[object, object]:
+    return piece.step.source, piece.step.target
+
+
+def _padded(specs: Iterable[TensorSpec]) -> int:
+    """Returns the room that parts take in a buffer, each aligned for 16-byte accesses and more."""
+    return sum(-(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT for spec in specs)

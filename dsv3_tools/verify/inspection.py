@@ -1,0 +1,195 @@
+"""What a checkpoint is, from its headers alone, and what is odd about it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools.checkpoint.architecture import dense_tensors
+from dsv3_tools.checkpoint.config import ModelConfig
+from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
+from dsv3_tools.checkpoint.names import parse_name
+from dsv3_tools.checkpoint.paths import side_files
+from dsv3_tools.checkpoint.reader import Checkpoint
+
+__all__ = ["DTypeCount", "Inspection", "Parameters", "inspect"]
+
+_SCALE_SUFFIX = "_scale_inv"
+_MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class DTypeCount:
+    """Tensors of one element type."""
+
+    num_tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, scales not counted.
+
+    `total` is the model without its MTP module; `active` what one token uses of it, embeddings
+    counted; `routed` all routed experts; `mtp` the MTP module.
+    """
+
+    total: int
+    active: int
+    routed: int
+    mtp: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `dsv3 inspect` shows."""
+
+    directory: Path
+    model_type: str
+    config: ModelConfig
+    quantization: dict[str, Any] | None
+    num_tensors: int
+    num_shards: int
+    nbytes: int
+    nbytes_on_disk: int
+    dtypes: dict[str, DTypeCount]
+    parameters: Parameters
+    mtp_layers: tuple[int, ...]
+    mtp_tensors: int
+    mtp_nbytes: int
+    written_by_dsv3: bool
+    odd: tuple[str, ...]
+
+
+def inspect(directory: str | os.PathLike[str]) -> Inspection:
+    """Returns what a checkpoint is, from `config.json`, index and headers; torch is not needed.
+
+    Example:
+        >>> inspect("miniature/checkpoint").model_type
+        'deepseek_v3'
+
+    Raises:
+        CheckpointError: not a checkpoint of the family, or one whose files do not agree.
+    """
+    with Checkpoint(directory) as checkpoint:
+        mtp = [name for name in checkpoint.specs if _layer(name) in checkpoint.config.mtp_layers]
+        quantization = checkpoint.config_json.get("quantization_config")
+        return Inspection(
+            directory=checkpoint.directory,
+            model_type=checkpoint.config.model_type,
+            config=checkpoint.config,
+            quantization=quantization if isinstance(quantization, dict) else None,
+            num_tensors=len(checkpoint.specs),
+            num_shards=len(checkpoint.shards),
+            nbytes=checkpoint.nbytes,
+            nbytes_on_disk=sum(shard.nbytes for shard in checkpoint.shards.values()),
+            dtypes=_count_dtypes(checkpoint),
+            parameters=_count_parameters(checkpoint),
+            mtp_layers=tuple(checkpoint.config.mtp_layers),
+            mtp_tensors=len(mtp),
+            mtp_nbytes=sum(checkpoint.specs[name].nbytes for name in mtp),
+            written_by_dsv3=(checkpoint.directory / MANIFEST_NAME).exists(),
+            odd=tuple(_oddities(checkpoint)),
+        )
+
+
+def _layer(name: str) -> int | None:
+    parsed = parse_name(name)
+    return None if parsed is None else parsed.layer
+
+
+def _count_dtypes(checkpoint: Checkpoint) -> dict[str, DTypeCount]:
+    counts: dict[str, DTypeCount] = {}
+    for spec in checkpoint.specs.values():
+        before = counts.get(spec.dtype, DTypeCount(0, 0))
+        counts[spec.dtype] = DTypeCount(before.num_tensors + 1, before.nbytes + spec.nbytes)
+    return dict(sorted(counts.items(), key=lambda item: -item[1].nbytes))
+
+
+def _count_parameters(checkpoint: Checkpoint) -> Parameters:
+    config = checkpoint.config
+    shared = routed = mtp = 0
+    for name, spec in checkpoint.specs.items():
+        parsed = parse_name(name)
+        if name.endswith(_SCALE_SUFFIX) or parsed is None:
+            continue
+        if parsed.layer is not None and parsed.layer in config.mtp_layers:
+            mtp += spec.num_elements
+        elif parsed.is_routed_expert:
+            routed += spec.num_elements
+        else:
+            shared += spec.num_elements
+    active = shared + routed * config.num_experts_per_tok // config.n_routed_experts
+    return Parameters(shared + routed, active, routed, mtp)
+
+
+def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yields what a user should know before relying on the checkpoint."""
+    yield from _model_oddities(checkpoint)
+    yield from _quantization_oddities(checkpoint)
+    yield from _index_oddities(checkpoint)
+    _, left_behind = side_files(checkpoint.directory)
+    pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    if pickles:
+        yield f"pickle files, never opened nor copied: {_list(pickles)}"
+
+
+def _model_oddities(checkpoint: Checkpoint) -> Iterator[str]:
+    expected = dense_tensors(checkpoint.config)
+    found = {name for name in checkpoint.specs if not name.endswith(_SCALE_SUFFIX)}
+    mtp_layers = checkpoint.config.mtp_layers
+    missing = sorted(expected.keys() - found)
+    missing_mtp = [name for name in missing if _layer(name) in mtp_layers]
+    if missing_mtp and len(missing_mtp) == sum(_layer(name) in mtp_layers for name in expected):
+        yield (
+            f"config.json says num_nextn_predict_layers {len(mtp_layers)}, but the MTP module's weights are missing"
+        )
+        missing = [name for name in missing if _layer(name) not in mtp_layers]
+    if missing:
+        yield f"{len(missing)} tensors of such a model are missing: {_list(missing)}"
+    if unexpected := sorted(found - expected.keys()):
+        yield f"{len(unexpected)} tensors do not belong to such a model: {_list(unexpected)}"
+    wrong = [name for name in found & expected.keys() if checkpoint.specs[name].shape != expected[name].shape]
+    for name in sorted(wrong)[:_MAX_LISTED]:
+        yield f"{name} is {checkpoint.specs[name]}, config.json makes it {list(expected[name].shape)}"
+
+
+def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
+    has_fp8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
+    has_key = "quantization_config" in checkpoint.config_json
+    if has_fp8 and not has_key:
+        yield "weights are FP8, but config.json has no quantization_config: engines would read raw codes"
+    scales = [name for name in checkpoint.specs if name.endswith(_SCALE_SUFFIX)]
+    if has_key and not scales and not any(spec.dtype[0] in "IU" for spec in checkpoint.specs.values()):
+        yield "no weight is quantized, but config.json has a quantization_config: vLLM would output NaN"
+    apart = [
+        name
+        for name in scales
+        if checkpoint.weight_map.get(name.removesuffix(_SCALE_SUFFIX))
+        not in (None, checkpoint.weight_map[name])
+    ]
+    if apart:
+        yield f"{len(apart)} scales are in another shard than their weight: {_list(sorted(apart))}"
+    biases = [name for name in checkpoint.specs if name.endswith("e_score_correction_bias")]
+    if rounded := [name for name in biases if checkpoint.specs[name].dtype != "F32"]:
+        yield f"{len(rounded)} router biases are not float32: routing changes; {_list(sorted(rounded))}"
+
+
+def _index_oddities(checkpoint: Checkpoint) -> Iterator[str]:
+    if not checkpoint.has_index:
+        return
+    document = json.loads((checkpoint.directory / INDEX_NAME).read_bytes())
+    metadata = document.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated != checkpoint.nbytes:
+        shown = f"{stated:,}" if isinstance(stated, int) else str(stated)[:50]
+        yield f"the index says total_size {shown}, the tensors have {checkpoint.nbytes:,} bytes"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")

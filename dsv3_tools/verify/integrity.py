@@ -1,0 +1,139 @@
+"""Is a checkpoint still what was written? Hashes against the manifest, index against headers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from dsv3_tools.checkpoint.paths import hub_blob_sha256, read_small_file, regular_file
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.progress import Meter, Progress, Stop
+from dsv3_tools.errors import CheckpointError, Dsv3Error
+
+__all__ = ["IntegrityReport", "verify_integrity"]
+
+_BLOCK_NBYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class IntegrityReport:
+    """What was found.
+
+    `hashes_from` is "manifest", "hub cache" (whose blobs are named by their SHA-256), or None when
+    there is nothing to compare hashes with and only the structure was checked.
+    """
+
+    directory: Path
+    hashes_from: str | None
+    files_hashed: int
+    nbytes_hashed: int
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems
+
+
+def verify_integrity(
+    directory: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Stop | None = None,
+) -> IntegrityReport:
+    """Compares every file with the manifest, and the index with the shards' headers.
+
+    Args:
+        directory: a finished result, or any checkpoint.
+        workers: files hashed at once; None is one for each core.
+        on_progress: called with every block, from any thread.
+        stop: lets a signal handler end it.
+
+    Returns:
+        The findings; a failed check is a finding, not an exception.
+
+    Raises:
+        CheckpointError: `directory` is no directory.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no directory, expected a checkpoint")
+    problems: list[str] = []
+    hashes_from, expected = _expected_hashes(folder, problems)
+    total = sum(nbytes for nbytes, _ in expected.values())
+    meter, stop = Meter(total, len(expected), on_progress), stop or Stop()
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        tasks = [
+            pool.submit(_check_file, folder, name, nbytes, sha256, meter, stop)
+            for name, (nbytes, sha256) in expected.items()
+        ]
+        _stop_on_interrupt(tasks, stop)
+        problems += [problem for task in tasks if (problem := task.result()) is not None]
+    if hashes_from == "manifest":
+        unlisted = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in expected)
+        problems += [f"{name}: is not in the manifest" for name in unlisted]
+    try:
+        Checkpoint(folder).close()
+    except Dsv3Error as error:
+        problems.append(str(error))
+    return IntegrityReport(folder, hashes_from, len(expected), total, tuple(problems))
+
+
+def _expected_hashes(folder: Path, problems: list[str]) -> tuple[str | None, dict[str, tuple[int, str]]]:
+    """Returns where hashes are known from, and size and SHA-256 of every file."""
+    if (folder / MANIFEST_NAME).exists():
+        try:
+            text = read_small_file(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            return "manifest", _manifest_hashes(parse_manifest(text, str(folder / MANIFEST_NAME)))
+        except CheckpointError as error:
+            problems.append(str(error))
+            return "manifest", {}
+    blobs = {path.name: hub_blob_sha256(folder, path.name) for path in sorted(folder.glob("*.safetensors"))}
+    known = {name: ((folder / name).stat().st_size, sha256) for name, sha256 in blobs.items() if sha256}
+    return ("hub cache" if known else None), known
+
+
+def _manifest_hashes(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    return {name: (file["nbytes"], file["sha256"]) for name, file in manifest["files"].items()}
+
+
+def _check_file(folder: Path, name: str, nbytes: int, sha256: str, meter: Meter, stop: Stop) -> str | None:
+    """Returns what is wrong with one file, or None."""
+    try:
+        path = regular_file(folder, name)
+        found = path.stat().st_size
+        if found != nbytes:
+            return f"{name}: has {found:,} bytes, expected {nbytes:,}"
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_NBYTES):
+                stop.check()
+                digest.update(block)
+                meter.add(len(block))
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror}"
+    meter.add(0, shards=1)
+    if digest.hexdigest() != sha256:
+        return f"{name}: its SHA-256 is {digest.hexdigest()}, expected {sha256}; its content has changed"
+    return None
+
+
+def _stop_on_interrupt(tasks: list[Any], stop: Stop) -> None:
+    """Waits in short steps, so that a signal handler of the main thread gets its turn."""
+    pause = threading.Event()
+    try:
+        while not all(task.done() for task in tasks):
+            pause.wait(0.05)
+    except BaseException:
+        stop.set()
+        raise
