@@ -12,15 +12,17 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DeepseekV3ForCausalLM
 
 from dsv3_tools.kernels.reference import dequantize_fp8_block, quantize_fp8_block
 from miniature.model import CONFIG, MtpLayer, build
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV3ForCausalLM
 
 __all__ = [
     "decode",

@@ -7,18 +7,20 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 from dsv3_tools.errors import DestinationError
 
 __all__ = [
+    "close_quietly",
     "create_temporary",
     "destination_errors",
     "fsync_directory",
     "preallocate",
     "publish",
+    "remove_quietly",
     "start_writeback",
     "write_file",
 ]
@@ -69,10 +71,22 @@ def write_file(final: Path, data: bytes, *, folder: Path) -> None:
                 written += os.write(descriptor, data[written:])
             publish(descriptor, temporary, final)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            remove_quietly(temporary)
             raise
         finally:
-            os.close(descriptor)
+            close_quietly(descriptor)
+
+
+def close_quietly(descriptor: int) -> None:
+    """Closes a file that is either durable by its fsync or about to be removed: no error matters now."""
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+def remove_quietly(temporary: Path) -> None:
+    """Removes a temporary file, or leaves it to the next run: what went wrong before it matters more."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def fsync_directory(path: Path) -> None:

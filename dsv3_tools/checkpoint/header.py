@@ -9,9 +9,13 @@ names with control characters or path parts.
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from dsv3_tools.checkpoint.dtypes import DTYPES
@@ -22,6 +26,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "SAVE_METADATA",
     "Header",
+    "check_tensor_name",
     "encode_header",
     "file_order",
     "load_json",
@@ -36,6 +41,8 @@ SAVE_METADATA = {"format": "pt"}
 
 _MAX_DIMENSIONS = 8
 _MAX_NUMBER = 2**63 - 1
+_MAX_JSON_DEPTH = 64
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,9 @@ def parse_header(text: bytes, file_nbytes: int, where: str) -> Header:
 
 
 def load_json(text: bytes, where: str) -> Any:
-    """Returns the JSON document in `text`, refusing duplicate keys, NaN and Infinity.
+    """Returns the JSON document in `text`, refusing what cannot be written back as the same JSON.
+
+    That is: duplicate keys, NaN, numbers beyond float64, -0, unpaired surrogates, deep nesting.
 
     Raises:
         HeaderError: not strict JSON.
@@ -121,18 +130,56 @@ def load_json(text: bytes, where: str) -> Any:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the key {twice!r} stands twice")
+            raise ValueError(f"the key {twice[:100]!r} stands twice")
         return result
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
+    def whole(digits: str) -> int:
+        return int(digits) if digits != "-0" else refuse(digits)
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits[:20])
+
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        document = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_int=whole,
+            parse_float=real,
+        )
+        _check_depth(document)
+        if _ESCAPED_SURROGATE.search(text):
+            json.dumps(document, ensure_ascii=False).encode()
     except RecursionError:
         raise HeaderError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:
         raise HeaderError(f"{where}: not valid JSON: {error}") from None
+    return document
+
+
+def check_tensor_name(name: str, where: str) -> None:
+    """Refuses a name that no tensor has and that could harm a terminal or a path.
+
+    Raises:
+        HeaderError: with `where` and the name, escaped.
+    """
+    hostile = not name or not name.isprintable() or "/" in name or "\\" in name or ".." in name
+    if hostile or len(name) > 512:
+        raise HeaderError(f"{where}: {name[:100]!r} cannot be the name of a tensor")
+
+
+def _check_depth(document: Any) -> None:
+    level = [document]
+    for _ in range(_MAX_JSON_DEPTH):
+        inner = [node for node in level if isinstance(node, (dict, list))]
+        level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {_MAX_JSON_DEPTH} levels deep")
 
 
 def _parse_metadata(metadata: Any, where: str) -> dict[str, str]:
@@ -142,31 +189,28 @@ def _parse_metadata(metadata: Any, where: str) -> dict[str, str]:
 
 
 def _parse_entry(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
-    _check_name(name, where)
+    check_tensor_name(name, where)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"{where}: tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise HeaderError(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}")
+        raise HeaderError(f"{where}: tensor {name!r} has the unknown dtype {str(dtype)[:100]!r}")
     if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
         raise HeaderError(f"{where}: tensor {name!r} has the impossible shape {str(shape)[:100]}")
     if not _is_sizes(span) or len(span) != 2 or span[0] > span[1]:
         raise HeaderError(f"{where}: tensor {name!r} has the impossible data_offsets {str(span)[:100]}")
     spec = TensorSpec(dtype, tuple(shape))
-    if spec.num_elements > _MAX_NUMBER or spec.num_elements * DTYPES[dtype].bits % 8:
+    # Sizes are multiplied as in safetensors, where a zero at the end does not undo an overflow.
+    largest = max(accumulate(shape, mul), default=1)
+    if largest > _MAX_NUMBER or spec.num_elements * DTYPES[dtype].bits % 8:
         raise HeaderError(f"{where}: tensor {name!r} ({spec}) has an impossible size")
     if span[1] - span[0] != spec.nbytes:
         raise HeaderError(
-            f"{where}: tensor {name!r} occupies {span[1] - span[0]:,} bytes, expected {spec.nbytes:,} for {spec}"
+            f"{where}: tensor {name!r} occupies {span[1] - span[0]:,} bytes, "
+            f"expected {spec.nbytes:,} for {spec}"
         )
     return spec, span[0], span[1]
 
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_NUMBER for n in value)
-
-
-def _check_name(name: str, where: str) -> None:
-    hostile = not name or not name.isprintable() or "/" in name or "\\" in name or ".." in name
-    if hostile or len(name) > 512:
-        raise HeaderError(f"{where}: {name[:100]!r} cannot be the name of a tensor")

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from dsv3_tools.checkpoint.header import load_json
+from dsv3_tools.checkpoint.header import check_tensor_name, load_json
 from dsv3_tools.errors import CheckpointError, HeaderError
 
 __all__ = ["INDEX_NAME", "MAX_INDEX_BYTES", "encode_index", "is_shard_name", "parse_index", "shard_name"]
@@ -32,7 +32,7 @@ def parse_index(text: bytes, where: str) -> dict[str, str]:
     `metadata` is not read: the released `total_size` is not the size on disk.
 
     Raises:
-        CheckpointError: not an index, or a shard that is not a plain file name.
+        CheckpointError: not an index, a name that no tensor has, or a shard that is not a plain file name.
     """
     try:
         document = load_json(text, where)
@@ -42,6 +42,7 @@ def parse_index(text: bytes, where: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: no weight_map with at least one tensor")
     for name, shard in weight_map.items():
+        check_tensor_name(name, where)
         if not isinstance(shard, str) or not is_shard_name(shard):
             raise CheckpointError(
                 f"{where}: tensor {name[:100]!r} is said to be in {str(shard)[:100]!r}, "

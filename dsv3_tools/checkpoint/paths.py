@@ -98,12 +98,14 @@ def side_files(directory: Path) -> tuple[list[str], list[str]]:
         name = entry.name
         if name in (CONFIG_NAME, INDEX_NAME) or name.endswith(".safetensors"):
             continue
-        wanted = any(fnmatch(name, p) for p in _TRAVELS) and not any(fnmatch(name, p) for p in _STAYS)
-        if wanted and entry.is_file() and name.isprintable():
+        wanted = any(fnmatch(name, p) for p in _TRAVELS)
+        wanted = wanted and not any(fnmatch(name.lower(), p) for p in _STAYS)
+        path = directory / name  # unlike its entry, says False of a link that leads round in a circle
+        if wanted and path.is_file() and name.isprintable():
             regular_file(directory, name)
             travel.append(name)
         else:
-            stay.append(name + "/" if entry.is_dir() else name)
+            stay.append(name + "/" if path.is_dir() else name)
     return travel, stay
 
 

@@ -62,7 +62,7 @@ class Checkpoint:
             read_small_file(self.directory, CONFIG_NAME, MAX_CONFIG_BYTES), str(self.directory / CONFIG_NAME)
         )
         self.config = ModelConfig.from_dict(self.config_json, str(self.directory / CONFIG_NAME))
-        self.has_index = (self.directory / INDEX_NAME).exists()
+        self.has_index = os.path.lexists(self.directory / INDEX_NAME)
         self.weight_map: Mapping[str, str] = self._read_weight_map() if self.has_index else {}
         self.shards: Mapping[str, ShardFile] = self._read_headers()
         if not self.has_index:
@@ -141,7 +141,11 @@ class Checkpoint:
         """Returns an open read-only descriptor of a shard; the checkpoint closes it."""
         with self._lock:
             if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
+                path = self.shards[shard].path
+                try:
+                    self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: {error.strerror}") from error
             return self._descriptors[shard]
 
     def _read_weight_map(self) -> dict[str, str]:
@@ -184,7 +188,7 @@ class Checkpoint:
         ]
         listed = set(self.shards)
         problems += [
-            f"{path.name} is not in the index (left from another checkpoint?)"
+            f"{path.name!r} is not in the index (left from another checkpoint?)"
             for path in sorted(self.directory.glob("model*.safetensors"))
             if path.name not in listed
         ]
@@ -207,8 +211,8 @@ def read_shard_header(directory: Path, name: str) -> ShardFile:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
                 raise HeaderError(
-                    f"{path}: not a safetensors file of {status.st_size:,} bytes: its header claims {length:,} "
-                    f"bytes, expected 2 to {MAX_HEADER_BYTES:,} (truncated or garbage)"
+                    f"{path}: not a safetensors file of {status.st_size:,} bytes: its header claims "
+                    f"{length:,} bytes, expected 2 to {MAX_HEADER_BYTES:,} (truncated or garbage)"
                 )
             text = file.read(length)
     except OSError as error:
@@ -226,8 +230,12 @@ def _try_header(directory: Path, name: str) -> ShardFile | CheckpointError:
 
 
 def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        kind = "is a file" if directory.exists() else "does not exist"
+    try:
+        is_directory, exists = directory.is_dir(), directory.exists()
+    except OSError as error:
+        raise CheckpointError(f"{str(directory)[:200]}: {error.strerror}") from None
+    if not is_directory:
+        kind = "is a file" if exists else "does not exist"
         raise CheckpointError(f"{directory}: {kind}, expected a directory with a checkpoint")
     if (directory / WORK_FOLDER).exists():
         raise CheckpointError(

@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 from dsv3_tools.checkpoint.durable import (
+    close_quietly,
     create_temporary,
     destination_errors,
     preallocate,
     publish,
+    remove_quietly,
     start_writeback,
 )
 from dsv3_tools.errors import DestinationError
@@ -64,7 +66,7 @@ class ShardWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         if self._committed:
-            os.close(self._descriptor)
+            close_quietly(self._descriptor)
         else:
             self._discard()
 
@@ -103,5 +105,5 @@ class ShardWriter:
             self._hashed += count
 
     def _discard(self) -> None:
-        os.close(self._descriptor)
-        self._temporary.unlink(missing_ok=True)
+        close_quietly(self._descriptor)
+        remove_quietly(self._temporary)

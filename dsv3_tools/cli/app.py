@@ -21,13 +21,13 @@ from dsv3_tools import __version__
 from dsv3_tools.cli.output import print_error
 from dsv3_tools.errors import Dsv3Error
 
-__all__ = ["dsv3", "run_command_line"]
+__all__ = ["convert", "dsv3", "run_command_line", "verify"]
 
 _UNEXPECTED = 1
 _USAGE = 2
 
 
-class Deferred(click.Command):
+class _Deferred(click.Command):
     """A command whose module is imported when it is called, not when its group's help is shown."""
 
     def __init__(self, name: str, home: str, line: str) -> None:
@@ -80,15 +80,31 @@ def verify() -> None:
     """Prove that a checkpoint is what it should be. Exit code 4 means that it is not."""
 
 
-convert.add_command(Deferred("fp8-to-bf16", "dsv3_tools.cli.convert", "FP8 blocks, as released, to BF16."))
-convert.add_command(Deferred("bf16-to-fp8", "dsv3_tools.cli.convert", "BF16 to FP8 blocks, as released."))
-verify.add_command(Deferred("integrity", "dsv3_tools.cli.verify", "Hashes and structure of every file."))
-dsv3.add_command(Deferred("inspect", "dsv3_tools.cli.inspect", "Say what a checkpoint is, from its headers."))
-dsv3.add_command(Deferred("sample", "dsv3_tools.cli.sample", "Make a checkpoint with random weights."))
+convert.add_command(_Deferred("fp8-to-bf16", "dsv3_tools.cli.convert", "FP8 blocks, as released, to BF16."))
+convert.add_command(_Deferred("bf16-to-fp8", "dsv3_tools.cli.convert", "BF16 to FP8 blocks, as released."))
+verify.add_command(_Deferred("integrity", "dsv3_tools.cli.verify", "Hashes and structure of every file."))
+dsv3.add_command(
+    _Deferred("inspect", "dsv3_tools.cli.inspect", "Say what a checkpoint is, from its headers.")
+)
+dsv3.add_command(_Deferred("sample", "dsv3_tools.cli.sample", "Make a checkpoint with random weights."))
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
     """Runs one command; returns its exit code and prints whatever went wrong as one line."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as stop:
+        # Shell completion exits by itself; click makes an exit of a broken pipe, too.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):
+            return stop.code if isinstance(stop.code, int) else _UNEXPECTED
+        # The reader of our output has gone; python would complain once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
         code = dsv3.main(list(arguments), prog_name="dsv3", standalone_mode=False)
@@ -101,15 +117,14 @@ def run_command_line(arguments: Sequence[str]) -> int:
         click.echo(error.format_message())
         return _USAGE
     except click.ClickException as error:
-        return _report(error.format_message(), _USAGE, as_json=as_json, hint=_hint(error))
+        message = " ".join(error.format_message().split())  # click puts choices on lines of their own
+        return _report(message, _USAGE, as_json=as_json, hint=_hint(error))
     except Dsv3Error as error:
         if debug:
             traceback.print_exc()
         return _report(str(error), error.exit_code, as_json=as_json, kind=type(error).__name__)
     except BrokenPipeError:
-        # The reader of our output has gone; python would complain once more while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -132,4 +147,7 @@ def _unexpected(error: Exception) -> str:
         return "too many open files; raise the limit with ulimit -n"
     if isinstance(error, MemoryError):
         return "out of memory; use fewer --workers"
-    return f"unexpected {type(error).__name__}: {error}; run with --debug for the traceback, and please report it"
+    return (
+        f"unexpected {type(error).__name__}: {error}; run with --debug for the traceback, and please "
+        "report it"
+    )

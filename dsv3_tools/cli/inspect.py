@@ -37,7 +37,8 @@ def _print(found: Inspection) -> None:
     config, parameters = found.config, found.parameters
     print_line(
         f"{found.directory}: {found.model_type}, {config.num_hidden_layers} layers "
-        f"({min(config.first_k_dense_replace, config.num_hidden_layers)} dense), hidden size {config.hidden_size:,}"
+        f"({min(config.first_k_dense_replace, config.num_hidden_layers)} dense), "
+        f"hidden size {config.hidden_size:,}"
     )
     print_line(
         f"  experts: {config.n_routed_experts} routed, {config.num_experts_per_tok} per token, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,12 @@ class _Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
-        if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", value)
+        unit = _UNITS.get(match[2].upper()) if match is not None else None
+        nbytes = int(Fraction(match[1]) * unit) if match is not None and unit is not None else 0
+        if nbytes < 1:
             self.fail(f"{value!r} is not a size such as 5GB, 4GiB or 5000000000", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        return nbytes
 
 
 SIZE = _Size()
@@ -39,7 +42,7 @@ def directory_argument(name: str) -> Callable[[F], F]:
 
 def json_option(function: F) -> F:
     """Adds `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")(
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(
         function
     )
 
@@ -68,7 +71,7 @@ def run_options(function: F) -> F:
         click.option(
             "--max-shard-size",
             type=SIZE,
-            help="Bytes of tensors in an output shard, such as 5GB.  [default: the source's shard boundaries]",
+            help="Bytes of tensors in an output shard, such as 5GB.  [default: the source's shards]",
         ),
         click.option(
             "--nonfinite",

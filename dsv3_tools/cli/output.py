@@ -23,8 +23,8 @@ def size(nbytes: float) -> str:
 
 
 def print_line(text: str = "") -> None:
-    """Prints a line of the result."""
-    print(_plain(text))
+    """Prints a line of the result, at once: logs and pipes show the plan before the run has ended."""
+    print(_plain(text), flush=True)
 
 
 def print_note(text: str) -> None:
@@ -42,17 +42,17 @@ def print_table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> None:
             _plain(cell).rjust(width) if cell[:1].isdigit() else _plain(cell).ljust(width)
             for cell, width in zip(row, widths, strict=True)
         ]
-        print((indent + "  ".join(cells)).rstrip())
+        print((indent + "  ".join(cells)).rstrip(), flush=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Prints the one JSON document of a `--json` run."""
-    print(json.dumps(document, indent=2, ensure_ascii=True))
+    print(json.dumps(document, indent=2, ensure_ascii=True), flush=True)
 
 
 def print_error(message: str, code: int, *, as_json: bool, kind: str = "Interrupted") -> None:
     """Prints an error as one line on stderr, and as the JSON document of a `--json` run."""
-    line = " ".join(_plain(message).split())
+    line = _plain(message)
     print(f"dsv3: {line}", file=sys.stderr)
     if as_json:
         print_json({"error": {"kind": kind, "message": line}, "exit_code": code})
@@ -71,4 +71,4 @@ def as_json(value: Any) -> Any:
 
 def _plain(text: str) -> str:
     """Returns `text` with control characters escaped: names come from files that may be hostile."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -45,11 +45,12 @@ class _Lines:
             if now - self._printed < _LINE_SECONDS:
                 return
             self._printed = now
-        rate = progress.nbytes_done / (now - self._began)
+        rate = max(1, progress.nbytes_done) / (now - self._began)
         left = (progress.nbytes_total - progress.nbytes_done) / rate / 60
         print_note(
             f"{self._what}: {size(progress.nbytes_done)} of {size(progress.nbytes_total)}, "
-            f"{progress.shards_done} of {progress.shards_total} shards, {size(rate)}/s, {left:.0f} minutes left"
+            f"{progress.shards_done} of {progress.shards_total} shards, {size(rate)}/s, "
+            f"{left:.0f} minutes left"
         )
 
 

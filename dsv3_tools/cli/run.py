@@ -128,7 +128,8 @@ def _print_preview(plan: Plan, found: Preview) -> None:
         f"free: {size(found.nbytes_free)}; state of the destination: {found.state.value}"
     )
     print_line(
-        f"  {found.workers} workers on {', '.join(found.devices)}, at most {size(found.host_nbytes)} of buffers"
+        f"  {found.workers} workers on {', '.join(found.devices)}, "
+        f"at most {size(found.host_nbytes)} of buffers"
     )
     print_line("  nothing was written (--dry-run)")
 
@@ -139,13 +140,14 @@ def _print_result(result: RunResult) -> None:
         return
     kept = f", {result.shards_resumed} were there already" if result.shards_resumed else ""
     print_line(
-        f"wrote {result.shards_written} shards{kept}; {size(result.nbytes_out)} in all, {result.seconds:.1f} s "
-        f"with {result.workers} workers on {', '.join(result.devices)}"
+        f"wrote {result.shards_written} shards{kept}; {size(result.nbytes_out)} in all, "
+        f"{result.seconds:.1f} s with {result.workers} workers on {', '.join(result.devices)}"
     )
     if result.nonfinite:
         total = sum(result.nonfinite.values())
         print_note(
-            f"dsv3: kept {total:,} NaN or infinite elements in {len(result.nonfinite)} tensors, listed in the manifest"
+            f"dsv3: kept {total:,} NaN or infinite elements in {len(result.nonfinite)} tensors, "
+            "listed in the manifest"
         )
     print_line(
         f"every file's SHA-256 is in {result.manifest}; to check: dsv3 verify integrity {result.destination}"

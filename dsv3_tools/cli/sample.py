@@ -23,7 +23,7 @@ __all__ = ["sample"]
 @click.option("--experts", type=click.IntRange(min=1), help="Fewer routed experts than the model has.")
 @click.option("--shards", type=click.IntRange(min=1), help="Number of files.")
 @click.option("--sparse", is_flag=True, help="Headers only: data are holes that take no room.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True)
 @json_option
 @debug_option
 def sample(

@@ -23,7 +23,7 @@ def stop_on_signals() -> Iterator[Stop]:
     """Yields a `Stop` that the first signal sets; a second Ctrl-C ends the process at once."""
     stop = Stop()
 
-    def handle(signum: int, frame: FrameType | None) -> None:
+    def handle(signum: int, _frame: FrameType | None) -> None:
         if stop.is_set and signum == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set(signum)

@@ -66,8 +66,8 @@ class Crew:
         except Interrupted as error:
             raise Interrupted(
                 error.signum,
-                f"{self._workspace.destination}: stopped; {len(self._written)} shards finished in this run are "
-                "kept, the same command goes on from there",
+                f"{self._workspace.destination}: stopped; {len(self._written)} shards finished in this run "
+                "are kept, the same command goes on from there",
             ) from None
         return self._written
 

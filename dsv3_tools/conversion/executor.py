@@ -163,7 +163,8 @@ def _start(
     destination = workspace.destination
     check_places(checkpoints, destination)
     state = survey(plan, destination, overwrite=options.overwrite)
-    if state is State.COMPLETE:
+    # A run killed while it removed its working folder leaves the result and part of that folder.
+    if state is State.COMPLETE and not workspace.folder.exists():
         return None
     _check_room(plan, workspace, state)
     check_scales(plan, _missing(plan, workspace, state), checkpoints, nonfinite=options.nonfinite)

@@ -57,5 +57,5 @@ class NonfinitePolicy:
         index = np.unravel_index(piece.first_element + (found or 0), piece.step.shape)
         raise CheckpointError(
             f"{name}: the element at [{', '.join(str(int(i)) for i in index)}] is NaN or infinite, expected "
-            "finite weights (a damaged or badly trained checkpoint?); --nonfinite keep goes on and counts them"
+            "finite weights (a damaged checkpoint?); --nonfinite keep goes on and counts them"
         )

@@ -71,7 +71,7 @@ class CudaPipeline:
 
         with torch.cuda.device(self._device):
             if not self._slots:
-                self._slots = [_Slot(self._batch_nbytes, self._device) for _ in range(_SLOTS)]
+                self._slots = self._make_slots()
                 self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             try:
                 with torch.cuda.stream(self._stream):
@@ -80,6 +80,17 @@ class CudaPipeline:
                 for slot in self._slots:
                     slot.abandon()
                 self._stream.synchronize()
+
+    def _make_slots(self) -> list[_Slot]:
+        """Takes the memory; pinned memory that is refused counts as memory that has run out."""
+        import torch
+
+        try:
+            return [_Slot(self._batch_nbytes, self._device) for _ in range(_SLOTS)]
+        except RuntimeError as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" not in str(error):
+                raise
+            raise torch.cuda.OutOfMemoryError(str(error)) from error
 
     def _fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
         _, header = shard.header()
@@ -213,7 +224,7 @@ class _Slot:
         return [loaded for loaded in self._loaded if not loaded.piece.step.is_copy]
 
     def _coded_spans(self) -> Iterator[tuple[int, int]]:
-        """Yields the stretches of the output buffer that come back from the device, joined where they touch."""
+        """Yields the stretches of the output buffer that come back, joined where they touch."""
         begin = end = 0
         for loaded in self._coded():
             first = min(loaded.writes.values())

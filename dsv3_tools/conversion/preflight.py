@@ -57,8 +57,8 @@ def check_room(destination: Path, nbytes: int) -> None:
     free = free_nbytes(destination)
     if free < nbytes:
         raise DestinationError(
-            f"{destination}: {free:,} bytes are free, the run needs {nbytes:,} ({(nbytes - free) / 1e9:.1f} GB "
-            "more); free some space or choose another disk"
+            f"{destination}: {free:,} bytes are free, the run needs {nbytes:,} "
+            f"({(nbytes - free) / 1e9:.1f} GB more); free some space or choose another disk"
         )
 
 
@@ -121,7 +121,7 @@ def _scale_problem(
         meant = "multipliers" if inverse else "reciprocals"
         return (
             f"{ref.name}: weights would be multiplied by {median:.3g}, expected less than "
-            f"{LARGEST_PLAUSIBLE_MEDIAN_SCALE:g}; are its scales {meant}? --scale-semantics says how to read them"
+            f"{LARGEST_PLAUSIBLE_MEDIAN_SCALE:g}; are its scales {meant}? --scale-semantics sets it"
         )
     return None
 

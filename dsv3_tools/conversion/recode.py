@@ -92,7 +92,7 @@ def plan_bf16_to_fp8(
     """
     if "quantization_config" in checkpoint.config_json:
         raise CheckpointError(
-            f"{checkpoint.directory / CONFIG_NAME}: has a quantization_config, expected an unquantized checkpoint"
+            f"{checkpoint.directory / CONFIG_NAME}: has a quantization_config, expected an unquantized model"
         )
     fp8 = _target_format(scale_fmt, like)
     steps: list[Step] = []

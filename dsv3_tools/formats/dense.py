@@ -21,7 +21,8 @@ __all__ = ["Dense"]
 class Dense(Format):
     """One tensor, the weight itself.
 
-    Decoding copies, rounding once where the target is narrower.
+    Decoding copies, rounding once where the target is narrower. A NaN that is converted is spelt 0x7FC0,
+    or 0x7FC00000 in float32.
     """
 
     dtype: str = "BF16"
@@ -59,5 +60,7 @@ def _copy(weights: Sequence[Tensor], outs: Sequence[Tensor]) -> Tensor:
     counts = []
     for weight, out in zip(weights, outs, strict=True):
         out.copy_(weight)
+        if out.dtype != weight.dtype:
+            out.masked_fill_(torch.isnan(out), torch.nan)  # conversions spell NaN differently by device
         counts.append((~torch.isfinite(out)).sum(dtype=torch.int32))
     return torch.stack(counts)

@@ -68,8 +68,15 @@ class FP8Block(Format):
         return kernels.dequantize_fp8_block_into(codes, scales, outs, block_size=self.block_size)
 
     def encode_into(self, weights: Sequence[Tensor], outs: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Quantizes. Parts that hold "like", earlier scales, keep them for blocks that did not change."""
+        """Quantizes. Parts that hold "like", earlier scales, keep them for blocks that did not change.
+
+        Raises:
+            FormatError: the format has inverse scales, which are only read.
+        """
         from dsv3_tools import kernels
+
+        if self.inverse_scales:
+            raise FormatError("fp8_block: inverse scales are only read, never written")
 
         likes = [out[LIKE_PART] for out in outs] if LIKE_PART in outs[0] else None
         return kernels.quantize_fp8_block_into(

@@ -16,41 +16,26 @@ left out: reading code bits as a subnormal float32 (code x 2**-120), one instruc
 fast, since subnormal operands are slow in hardware.
 
 Types: numba widens integers to 64 bits, which quarters the vector speed, hence a `uint32(...)`
-around each operation. `error_model="numpy"` divides as IEEE 754 does; numba's default tests every divisor
-for zero, which does not vectorize (0.5 GB/s instead of 5). fastmath stays off: one rounding per operation
-is the contract. All compiled code is in this one file because numba's cache on disk notices
+around each operation. All compiled code is in this one file because numba's cache on disk notices
 changes to the file of the function called, not to those of the functions it calls.
 """
 
-# ruff: noqa: PLR0917  (compiled functions take their arguments by position)
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from dsv3_tools.errors import FormatError
+from dsv3_tools.kernels.jit import cached, compiled, inlined
 
 __all__ = ["dequantize_fp8_block_into", "quantize_fp8_block_into"]
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-_inlined: Callable[[_F], _F] = njit(nogil=True, error_model="numpy", forceinline=True)
-_compiled: Callable[[_F], _F] = njit(nogil=True, error_model="numpy")
-
-
-def _cached(function: _F) -> _F:
-    """Compiles a function that Python calls; kept on disk, for its compilation takes seconds."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # nowhere to write: an installation that is read-only, in a container with no home
-        return _compiled(function)
-
 
 float32, uint8, uint16, uint32 = np.float32, np.uint8, np.uint16, np.uint32
 
@@ -209,14 +194,14 @@ def _magnitude_overload(bits):  # type: ignore[no-untyped-def]
     return lambda bits: uint32(bits & _MAGNITUDE)
 
 
-@_inlined
+@inlined
 def _round_to_bfloat16(bits: Any) -> Any:
     """Returns the bits of the BF16 number nearest to a float32 that is not NaN; lower half unspecified."""
     odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
     return uint32(uint32(bits + uint32(0x7FFF)) + odd)
 
 
-@_inlined
+@inlined
 def _decode(code: Any) -> Any:
     """Returns the float32 of an e4m3 code; 0x7F and 0xFF, which are NaN, come out as +-480."""
     magnitude = uint32(code & uint8(0x7F))
@@ -226,7 +211,7 @@ def _decode(code: Any) -> Any:
     return _as_float32(uint32(_as_uint32(value) | uint32(uint32(code & uint8(0x80)) << uint32(24))))
 
 
-@_inlined
+@inlined
 def _encode(quotient: Any) -> Any:
     """Returns the e4m3 code nearest to a float32 clamped to +-448, and the float32 bits it decodes to."""
     bits = _as_uint32(quotient)
@@ -248,7 +233,7 @@ def _encode(quotient: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ one row
 
 
-@_compiled
+@compiled
 def _has_nan_code(codes: Any) -> Any:
     largest = uint8(0)
     for j in range(codes.size):
@@ -256,13 +241,13 @@ def _has_nan_code(codes: Any) -> Any:
     return largest == uint8(0x7F)
 
 
-@_compiled
+@compiled
 def _dequantize_row(codes: Any, scale: Any, out: Any) -> None:
     for j in range(codes.size):
         out[j] = _narrow(_as_uint32(_decode(codes[j]) * scale[j]), out)
 
 
-@_compiled
+@compiled
 def _dequantize_row_counted(codes: Any, scale: Any, out: Any) -> Any:
     """Like `_dequantize_row`, for any code and scale; returns how many elements are not finite."""
     count = uint32(0)
@@ -275,13 +260,13 @@ def _dequantize_row_counted(codes: Any, scale: Any, out: Any) -> Any:
     return count
 
 
-@_compiled
+@compiled
 def _raise_to_magnitude(largest: Any, weights: Any) -> None:
     for j in range(weights.size):
         largest[j] = max(largest[j], _magnitude(weights[j]))
 
 
-@_compiled
+@compiled
 def _raise_to_finite_magnitude(largest: Any, weights: Any) -> Any:
     """Like `_raise_to_magnitude`, without the elements that are not finite; returns their number."""
     count = 0
@@ -294,7 +279,7 @@ def _raise_to_finite_magnitude(largest: Any, weights: Any) -> Any:
     return count
 
 
-@_compiled
+@compiled
 def _quantize_row(weights: Any, scale: Any, codes: Any) -> None:
     for j in range(weights.size):
         bits = _widen(weights[j])
@@ -302,7 +287,7 @@ def _quantize_row(weights: Any, scale: Any, codes: Any) -> None:
         codes[j] = uint8(0x7F) if uint32(bits & _MAGNITUDE) >= _INFINITY else code
 
 
-@_compiled
+@compiled
 def _quantize_row_compared(weights: Any, scale: Any, codes: Any, changed: Any) -> None:
     """Like `_quantize_row`; sets bits of `changed` where the code does not decode back to the weight."""
     for j in range(weights.size):
@@ -317,7 +302,7 @@ def _quantize_row_compared(weights: Any, scale: Any, codes: Any, changed: Any) -
 # ----------------------------------------------------------------------------------------- rows of blocks
 
 
-@_cached
+@cached
 def _dequantize(codes: Any, scales: Any, out: Any, block_rows: int, block_columns: int) -> Any:
     rows, columns = codes.shape
     spread = np.empty(columns, float32)
@@ -335,7 +320,7 @@ def _dequantize(codes: Any, scales: Any, out: Any, block_rows: int, block_column
     return count
 
 
-@_cached
+@cached
 def _quantize(
     weights: Any,
     codes: Any,
@@ -377,7 +362,7 @@ def _quantize(
     return count
 
 
-@_compiled
+@compiled
 def _largest_magnitudes(weights: Any, largest: Any, top: int, bottom: int, left: int, right: int) -> Any:
     """Fills `largest` with each column's largest finite magnitude; returns how many are not finite."""
     largest[:] = 0
@@ -392,7 +377,7 @@ def _largest_magnitudes(weights: Any, largest: Any, top: int, bottom: int, left:
     return count
 
 
-@_compiled
+@compiled
 def _try_likes(
     weights: Any,
     codes: Any,
@@ -427,7 +412,7 @@ def _try_likes(
                 return
 
 
-@_compiled
+@compiled
 def _block_scale(largest: Any, ue8m0: bool) -> Any:
     quotient = largest / float32(448)
     if quotient == float32(0):

@@ -7,16 +7,13 @@ decides that a chunk is clean, which nearly every chunk is; only others are look
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
+
+from dsv3_tools.kernels.jit import cached, compiled
 
 __all__ = ["count_nonfinite", "first_nonfinite"]
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-_compiled: Callable[[_F], _F] = njit(nogil=True)
 
 _THRESHOLD: dict[str, Any] = {
     "BF16": np.uint16(0x7F80),
@@ -29,14 +26,6 @@ _THRESHOLD: dict[str, Any] = {
 """Per safetensors dtype the smallest magnitude bits that are not finite, as wide as an element."""
 
 _CHUNK = 4096  # elements: long enough to hide a loop's start, short enough to look at twice in L1 cache
-
-
-def _cached(function: _F) -> _F:
-    """Compiles a function that Python calls; kept on disk where there is a place for it."""
-    try:
-        return njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # an installation that is read-only, in a container with no home
-        return _compiled(function)
 
 
 def count_nonfinite(data: np.ndarray[Any, np.dtype[np.uint8]], dtype: str) -> int:
@@ -61,7 +50,7 @@ def _elements(data: np.ndarray[Any, np.dtype[np.uint8]], threshold: Any) -> np.n
     return data.reshape(-1).view(threshold.dtype)
 
 
-@_compiled
+@compiled
 def _largest_magnitude(bits: Any, infinity: Any) -> Any:
     # Shifting the sign out, rather than masking it, needs no constant for each width; the order is
     # the same. `type(infinity)(...)` undoes numba's widening to 64 bits, which would cost the vectors.
@@ -71,7 +60,7 @@ def _largest_magnitude(bits: Any, infinity: Any) -> Any:
     return largest
 
 
-@_cached
+@cached
 def _count(bits: Any, infinity: Any) -> Any:
     shifted = type(infinity)(infinity << 1)
     count = 0
@@ -83,7 +72,7 @@ def _count(bits: Any, infinity: Any) -> Any:
     return count
 
 
-@_cached
+@cached
 def _first(bits: Any, infinity: Any) -> Any:
     shifted = type(infinity)(infinity << 1)
     for start in range(0, bits.size, _CHUNK):

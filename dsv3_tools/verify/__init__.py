@@ -1,1 +1,1 @@
-
+"""Proofs that a checkpoint is what it should be."""

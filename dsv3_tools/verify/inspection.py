@@ -147,7 +147,8 @@ def _model_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     missing_mtp = [name for name in missing if _layer(name) in mtp_layers]
     if missing_mtp and len(missing_mtp) == sum(_layer(name) in mtp_layers for name in expected):
         yield (
-            f"config.json says num_nextn_predict_layers {len(mtp_layers)}, but the MTP module's weights are missing"
+            f"config.json says num_nextn_predict_layers {len(mtp_layers)}, but the MTP module's "
+            "weights are missing"
         )
         missing = [name for name in missing if _layer(name) not in mtp_layers]
     if missing:
@@ -165,7 +166,13 @@ def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     if has_fp8 and not has_key:
         yield "weights are FP8, but config.json has no quantization_config: engines would read raw codes"
     scales = [name for name in checkpoint.specs if name.endswith(_SCALE_SUFFIX)]
-    if has_key and not scales and not any(spec.dtype[0] in "IU" for spec in checkpoint.specs.values()):
+    fp8 = {name for name, spec in checkpoint.specs.items() if spec.dtype == "F8_E4M3"}
+    if unscaled := sorted(name for name in fp8 if name + _SCALE_SUFFIX not in checkpoint.specs):
+        yield f"{len(unscaled)} FP8 weights have no scale: {_list(unscaled)}"
+    if orphans := sorted(name for name in scales if name.removesuffix(_SCALE_SUFFIX) not in fp8):
+        yield f"{len(orphans)} scales belong to no FP8 weight: {_list(orphans)}"
+    has_integers = any(spec.dtype[0] in "IU" for spec in checkpoint.specs.values())
+    if has_key and not has_fp8 and not has_integers and not scales:
         yield "no weight is quantized, but config.json has a quantization_config: vLLM would output NaN"
     apart = [
         name

@@ -92,7 +92,8 @@ def _expected_hashes(folder: Path, problems: list[str]) -> tuple[str | None, dic
     if (folder / MANIFEST_NAME).exists():
         try:
             text = read_small_file(folder, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-            return "manifest", _manifest_hashes(parse_manifest(text, str(folder / MANIFEST_NAME)))
+            where = str(folder / MANIFEST_NAME)
+            return "manifest", _manifest_hashes(parse_manifest(text, where), where)
         except CheckpointError as error:
             problems.append(str(error))
             return "manifest", {}
@@ -101,8 +102,11 @@ def _expected_hashes(folder: Path, problems: list[str]) -> tuple[str | None, dic
     return ("hub cache" if known else None), known
 
 
-def _manifest_hashes(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    return {name: (file["nbytes"], file["sha256"]) for name, file in manifest["files"].items()}
+def _manifest_hashes(manifest: dict[str, Any], where: str) -> dict[str, tuple[int, str]]:
+    try:
+        return {name: (int(file["nbytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{where}: not a manifest of dsv3-tools") from None
 
 
 def _check_file(folder: Path, name: str, nbytes: int, sha256: str, meter: Meter, stop: Stop) -> str | None:
