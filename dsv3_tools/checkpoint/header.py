@@ -42,6 +42,7 @@ SAVE_METADATA = {"format": "pt"}
 _MAX_DIMENSIONS = 8
 _MAX_NUMBER = 2**63 - 1
 _MAX_JSON_DEPTH = 64
+_MINUS_ZERO = re.compile(rb"-0(?![.0-9eE])")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -148,7 +149,7 @@ def load_json(text: bytes, where: str) -> Any:
             text.decode("utf-8"),
             object_pairs_hook=unique,
             parse_constant=refuse,
-            parse_int=whole,
+            parse_int=whole if _MINUS_ZERO.search(text) else None,  # twice as fast without
             parse_float=real,
         )
         _check_depth(document)

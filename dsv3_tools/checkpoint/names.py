@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["MODULES", "TensorName", "parse_name"]
 
@@ -67,8 +68,12 @@ class TensorName:
         return self.expert is not None
 
 
+@lru_cache(maxsize=1 << 18)
 def parse_name(name: str) -> TensorName | None:
-    """Returns `name` taken apart, or None when no model of the family has such a module."""
+    """Returns `name` taken apart, or None when no model of the family has such a module.
+
+    Remembers the names of a few checkpoints: planning asks several times for each of 91,991.
+    """
     prefix, _, _ = name.rpartition(".")
     if top := _TOP_LEVEL.fullmatch(name):
         return TensorName(prefix, top[1] or top[2], top[3])

@@ -16,7 +16,7 @@ from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError, DestinationError
 
-__all__ = ["State", "clear", "finished_shards", "replaceable_nbytes", "survey"]
+__all__ = ["State", "clear", "finished_shards", "replaceable_nbytes", "survey", "withdraw"]
 
 _HASH_BYTES = 4 << 20
 
@@ -68,12 +68,22 @@ def clear(destination: Path) -> None:
     Workspace(destination).clear()
 
 
+def withdraw(destination: Path) -> None:
+    """Removes the index of a run that was killed after it, when a shard has been damaged since.
+
+    Until the shard is written again no loader may take the directory for a checkpoint.
+    """
+    with destination_errors(destination, "removing the index"):
+        for name in (INDEX_NAME, MANIFEST_NAME):
+            (destination / name).unlink(missing_ok=True)
+
+
 def replaceable_nbytes(destination: Path) -> int:
     """Returns the bytes that `clear` would free."""
     return sum(path.lstat().st_size for path in _replaceable(destination))
 
 
-def finished_shards(plan: Plan, workspace: Workspace) -> dict[str, JournalEntry]:
+def finished_shards(plan: Plan, workspace: Workspace, *, keep_nonfinite: bool) -> dict[str, JournalEntry]:
     """Returns the shards of `plan` that an earlier run finished and that are still what it wrote.
 
     A file whose size and times are those of its journal line is believed; any other is hashed. One
@@ -83,7 +93,9 @@ def finished_shards(plan: Plan, workspace: Workspace) -> dict[str, JournalEntry]
     journal = workspace.read_journal()
     for shard in plan.shards:
         entry = journal.get(shard.name)
-        if entry is not None and entry.nbytes == shard.nbytes and _is_intact(workspace.destination, entry):
+        if entry is None or entry.nbytes != shard.nbytes or (entry.nonfinite and not keep_nonfinite):
+            continue
+        if _is_intact(workspace.destination, entry):
             done[shard.name] = entry
     return done
 

@@ -17,7 +17,14 @@ from typing import TypeVar
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.crew import Crew
-from dsv3_tools.conversion.destination import State, clear, finished_shards, replaceable_nbytes, survey
+from dsv3_tools.conversion.destination import (
+    State,
+    clear,
+    finished_shards,
+    replaceable_nbytes,
+    survey,
+    withdraw,
+)
 from dsv3_tools.conversion.devices import default_workers, host_nbytes_per_worker, resolve_devices
 from dsv3_tools.conversion.finish import finish
 from dsv3_tools.conversion.options import RunOptions
@@ -178,7 +185,10 @@ def _start(
         clear(destination)
         workspace.record_plan(plan)
     workspace.remove_temporaries()
-    return finished_shards(plan, workspace)
+    done = finished_shards(plan, workspace, keep_nonfinite=options.nonfinite == "keep")
+    if len(done) < len(plan.shards):
+        withdraw(destination)
+    return done
 
 
 def _missing(plan: Plan, workspace: Workspace, state: State) -> tuple[ShardPlan, ...]:

@@ -97,8 +97,15 @@ def _expected_hashes(folder: Path, problems: list[str]) -> tuple[str | None, dic
         except CheckpointError as error:
             problems.append(str(error))
             return "manifest", {}
-    blobs = {path.name: hub_blob_sha256(folder, path.name) for path in sorted(folder.glob("*.safetensors"))}
-    known = {name: ((folder / name).stat().st_size, sha256) for name, sha256 in blobs.items() if sha256}
+    known = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            sha256 = hub_blob_sha256(folder, path.name)
+            nbytes = path.stat().st_size
+        except (OSError, RuntimeError):
+            continue  # a link into nowhere or a loop, which opening the checkpoint will name
+        if sha256 is not None:
+            known[path.name] = (nbytes, sha256)
     return ("hub cache" if known else None), known
 
 
