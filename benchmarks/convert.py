@@ -3,6 +3,7 @@
     python benchmarks/convert.py                        2 CPU workers, page cache warm and cold
     python benchmarks/convert.py --device cuda --workers 3 --experts 88 --shards 3
     python benchmarks/convert.py --folder /dev/shm --scaling cuda:0 cuda:0,1
+    python benchmarks/convert.py --folder /dev/shm --scaling cpu cpu --workers 1
 
 Every contestant runs in a process of its own, which imports and compiles first and then reports the
 seconds until its output is on disk and the memory that it used above that of its imports. They take
@@ -111,20 +112,16 @@ def report(operation: str, folder: Path, arguments: argparse.Namespace, *, cold:
 
 
 def report_scaling(folder: Path, arguments: argparse.Namespace) -> None:
-    """Prints the time on the first device list over that on the second."""
-    times: dict[str, list[float]] = {devices: [] for devices in arguments.scaling}
-    workers = arguments.workers
+    """Prints the time with N workers on the first devices over that with 2N on the second."""
+    settings = [(arguments.scaling[0], arguments.workers), (arguments.scaling[1], 2 * arguments.workers)]
+    times: list[list[float]] = [[], []]
     for _ in range(arguments.rounds):
-        for number, devices in enumerate(arguments.scaling, start=1):
-            arguments.device, arguments.workers = devices, workers * number
+        for mine, (arguments.device, arguments.workers) in zip(times, settings, strict=True):
             found = run_in_process("fp8-to-bf16", folder / "fp8", folder / "out", arguments, cold=False)
-            times[devices].append(found["seconds"])
-    one, two = (times[devices] for devices in arguments.scaling)
-    ratio = statistics.median(a / b for a, b in zip(one, two, strict=True))
-    for number, devices in enumerate(arguments.scaling, start=1):
-        seconds = statistics.median(times[devices])
-        print(f"fp8-to-bf16 on {devices} with {workers * number} workers: {seconds:.2f} s")
-    print(f"scaling: {ratio:.2f}", flush=True)
+            mine.append(found["seconds"])
+    for mine, (devices, workers) in zip(times, settings, strict=True):
+        print(f"fp8-to-bf16 on {devices} with {workers} workers: {statistics.median(mine):.2f} s")
+    print(f"scaling: {statistics.median(a / b for a, b in zip(*times, strict=True)):.2f}", flush=True)
 
 
 def run_in_process(

@@ -223,35 +223,31 @@ def measure(report: Report) -> None:
 
 
 def dequantize_candidates() -> list[Tiling]:
-    tilings = [
-        Tiling(rows, columns, 1, vector, num_warps)
+    return [
+        Tiling(rows, columns, vector, num_warps)
         for rows, columns in (
             (2, 1024),
             (4, 1024),
             (8, 1024),
             (16, 1024),
+            (32, 512),
             (8, 512),
             (16, 512),
             (4, 2048),
+            (8, 2048),
             (8, 256),
         )
-        for vector, num_warps in ((8, 4), (16, 4), (8, 8))
+        for vector, num_warps in ((8, 4), (16, 4), (8, 8), (16, 8))
         if 16 <= rows * columns // num_warps // 32 <= 128
     ]
-    tilings += [Tiling(rows, 1024, steps, 8, 4) for rows, steps in ((4, 2), (4, 4), (4, 8), (8, 4))]
-    return tilings
 
 
 def quantize_candidates() -> list[Tiling]:
     tilings = [
-        Tiling(rows, 128, 1, 8, num_warps)
-        for rows, num_warps in itertools.product((16, 32, 64, 128), (4, 8, 16))
+        Tiling(rows, 128, vector, num_warps)
+        for rows, vector, num_warps in itertools.product((16, 32, 64, 128), (8, 16), (4, 8, 16))
     ]
-    tilings += [
-        Tiling(rows, 256, 1, 8, warps) for rows, warps in ((16, 8), (32, 8), (16, 16), (32, 16), (64, 16))
-    ]
-    tilings += [Tiling(32, 128, 1, 16, 4), Tiling(32, 128, 1, 16, 8), Tiling(64, 128, 1, 16, 8)]
-    return tilings
+    return tilings + [Tiling(rows, 256, 16, warps) for rows in (32, 64, 128) for warps in (8, 16)]
 
 
 def compile_in_a_worker(kind: str, tiling: Tiling) -> str:
@@ -291,11 +287,11 @@ def sweep(report: Report) -> None:
             ]
             results.append((row, tiling))
         print(f"\n{kind}; default {default}\n")
-        print("| rows | columns | steps | vector | warps | 288 experts | (18432, 7168) | (2048, 7168) |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| rows | columns | vector | warps | 288 experts | (18432, 7168) | (2048, 7168) |")
+        print("|---|---|---|---|---|---|---|")
         for row, t in sorted(results, key=lambda r: -r[0][0]):
             print(
-                f"| {t.rows} | {t.columns} | {t.steps} | {t.vector} | {t.num_warps} | "
+                f"| {t.rows} | {t.columns} | {t.vector} | {t.num_warps} | "
                 + " | ".join(f"{x:.3f}" for x in row)
                 + (" | <- default" if t == default else " |")
             )

@@ -35,6 +35,7 @@ MODEL_TYPES = {
 """`model_type` of every model that shares the architecture, with who uses it."""
 
 _MAX_DIMENSION = 2**31 - 1
+_MAX_EXPERTS = 200_000  # of all layers together; DeepSeek-V3 has 15,872, Kimi-K2 23,424
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,30 @@ class ModelConfig:
         Raises:
             CheckpointError: another kind of model, or a dimension missing or impossible.
         """
-        check_model_type(document, where)
+        _check_model_type(document, where)
         values: dict[str, Any] = {}
         for field in fields(cls):
             value = document.get(field.name)
             if value is None and field.name in _OPTIONAL:
                 continue
             values[field.name] = _check_value(field.name, value, where)
-        return cls(**values)
+        config = cls(**values)
+        config._check_sizes(where)
+        return config
+
+    def _check_sizes(self, where: str) -> None:
+        """Refuses numbers that no model has, before anything loops over them."""
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise CheckpointError(
+                f"{where}: num_experts_per_tok is {self.num_experts_per_tok}, "
+                f"expected at most n_routed_experts, {self.n_routed_experts}"
+            )
+        experts = (self.num_hidden_layers + self.num_nextn_predict_layers) * self.n_routed_experts
+        if experts > _MAX_EXPERTS:
+            raise CheckpointError(
+                f"{where}: num_hidden_layers and n_routed_experts make {experts:,} experts, "
+                f"expected at most {_MAX_EXPERTS:,}"
+            )
 
     @property
     def qk_head_dim(self) -> int:
@@ -141,17 +158,19 @@ def with_quantization(
 ) -> dict[str, Any]:
     """Returns `document` with this `quantization_config`; None removes the key.
 
-    Removed, not set to null: vLLM and LightLLM go by the key's presence.
+    Removed, not set to null: vLLM and LightLLM go by the key's presence. A new key goes where the old one
+    was, to its place among keys that are sorted (as those of released files are), or else to the end.
     """
     edited = {key: value for key, value in document.items() if key != "quantization_config"}
     if quantization_config is None:
         return edited
-    if "quantization_config" in document:
-        return {**document, "quantization_config": dict(quantization_config)}
-    return {**edited, "quantization_config": dict(quantization_config)}
+    whole = {**document, "quantization_config": dict(quantization_config)}
+    if "quantization_config" not in document and list(edited) == sorted(edited):
+        return dict(sorted(whole.items()))
+    return whole
 
 
-def check_model_type(document: Mapping[str, Any], where: str) -> None:
+def _check_model_type(document: Mapping[str, Any], where: str) -> None:
     """Refuses a model that is not of the family.
 
     Raises:
@@ -179,5 +198,7 @@ def _check_value(name: str, value: Any, where: str) -> Any:
     least = 0 if name in _MAY_BE_ZERO else 1
     if type(value) is not int or not least <= value <= _MAX_DIMENSION:
         found = "missing" if value is None else f"{str(value)[:100]!r}"
-        raise CheckpointError(f"{where}: {name} is {found}, expected a whole number of at least {least}")
+        raise CheckpointError(
+            f"{where}: {name} is {found}, expected a whole number from {least} to {_MAX_DIMENSION:,}"
+        )
     return value

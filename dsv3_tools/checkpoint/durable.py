@@ -61,7 +61,8 @@ def write_file(final: Path, data: bytes, *, folder: Path) -> None:
     """Writes a small file durably and atomically, by way of a temporary file in `folder`.
 
     Raises:
-        DestinationError: nothing was changed under the final name.
+        DestinationError: under the final name lies what was there before, or all of `data` (when only
+            the last fsync, of the directory, failed).
     """
     with destination_errors(final, f"writing {len(data):,} bytes"):
         descriptor, temporary = create_temporary(folder, final.name)

@@ -174,13 +174,16 @@ def check_tensor_name(name: str, where: str) -> None:
 
 
 def _check_depth(document: Any) -> None:
-    level = [document]
-    for _ in range(_MAX_JSON_DEPTH):
-        inner = [node for node in level if isinstance(node, (dict, list))]
-        level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]
-        if not level:
-            return
-    raise ValueError(f"nested more than {_MAX_JSON_DEPTH} levels deep")
+    level: list[Any] = [[document]]
+    for _ in range(_MAX_JSON_DEPTH + 1):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+    if level:
+        raise ValueError(f"nested more than {_MAX_JSON_DEPTH} levels deep")
 
 
 def _parse_metadata(metadata: Any, where: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Container
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -87,16 +88,17 @@ def hub_blob_sha256(directory: Path, name: str) -> str | None:
     return real.name if in_cache and _SHA256.fullmatch(real.name) else None
 
 
-def side_files(directory: Path) -> tuple[list[str], list[str]]:
+def side_files(directory: Path, shards: Container[str]) -> tuple[list[str], list[str]]:
     """Returns the names of the files that travel unchanged, and of everything that stays behind.
 
     Travelling: tokenizer, chat template, generation config, licence, `*.py` (copied as bytes, never
-    imported). Shards, `config.json` and the index are written anew and in neither list.
+    imported). The checkpoint's own `shards`, `config.json` and the index are written anew and in neither
+    list; a safetensors file that the index does not know stays behind.
     """
     travel, stay = [], []
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         name = entry.name
-        if name in (CONFIG_NAME, INDEX_NAME) or name.endswith(".safetensors"):
+        if name in (CONFIG_NAME, INDEX_NAME) or name in shards:
             continue
         wanted = any(fnmatch(name, p) for p in _TRAVELS)
         wanted = wanted and not any(fnmatch(name.lower(), p) for p in _STAYS)

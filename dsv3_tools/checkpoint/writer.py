@@ -88,7 +88,7 @@ class ShardWriter:
             raise DestinationError(
                 f"{self._final}: {self._written:,} bytes were written, expected {self._nbytes:,}"
             )
-        with destination_errors(self._final, "reading back for its SHA-256"):
+        with destination_errors(self._final, f"reading {self._nbytes:,} bytes back for their SHA-256"):
             self._hash_rest()
         with destination_errors(self._final, f"making {self._nbytes:,} bytes durable"):
             publish(self._descriptor, self._temporary, self._final)

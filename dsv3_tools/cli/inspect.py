@@ -16,17 +16,17 @@ __all__ = ["inspect"]
 
 
 @click.command("inspect")
-@directory_argument("source")
+@directory_argument("directory")
 @json_option
 @debug_option
-def inspect(source: Path, *, as_json: bool) -> None:
+def inspect(directory: Path, *, as_json: bool) -> None:
     """Say what a checkpoint is, from config.json, index and headers; no weight is read.
 
     \b
     Example:
       dsv3 inspect miniature/checkpoint
     """
-    found = inspect_checkpoint(source)
+    found = inspect_checkpoint(directory)
     if as_json:
         print_json(jsonable(found))
     else:

@@ -21,7 +21,7 @@ __all__ = ["sample"]
 @click.option("--weights", type=click.Choice(["fp8", "fp8-ue8m0", "bf16"]), default="fp8", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), help="Fewer layers than the model has.")
 @click.option("--experts", type=click.IntRange(min=1), help="Fewer routed experts than the model has.")
-@click.option("--shards", type=click.IntRange(min=1), help="Number of files.")
+@click.option("--shards", type=click.IntRange(min=1, max=99_999), help="Number of files.")
 @click.option("--sparse", is_flag=True, help="Headers only: data are holes that take no room.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True)
 @json_option

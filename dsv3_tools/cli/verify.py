@@ -8,7 +8,7 @@ import rich_click as click
 
 from dsv3_tools.cli.options import debug_option, directory_argument, json_option
 from dsv3_tools.cli.output import as_json as jsonable
-from dsv3_tools.cli.output import print_json, print_line, size
+from dsv3_tools.cli.output import print_json, print_line, print_note, size
 from dsv3_tools.cli.progress import shown_progress
 from dsv3_tools.cli.signals import stop_on_signals
 from dsv3_tools.errors import VerificationFailed
@@ -48,6 +48,8 @@ def integrity(ctx: click.Context, directory: Path, *, workers: int | None, as_js
         print_line(f"{'ok' if report.passed else 'FAILED'}: {directory}: {checked}")
     if report.passed:
         return
-    if as_json:
+    message = f"{directory}: {len(report.problems)} problems, the first: {report.problems[0]}"
+    if as_json:  # the one document is out; an exception would print another
+        print_note(f"dsv3: {message}")
         ctx.exit(VerificationFailed.exit_code)
-    raise VerificationFailed(f"{directory}: {len(report.problems)} problems, the first: {report.problems[0]}")
+    raise VerificationFailed(message)

@@ -35,9 +35,9 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
     Raises:
         DestinationError: something that is not this plan's and may not be overwritten.
     """
-    if destination.exists() and not destination.is_dir():
-        raise DestinationError(f"{destination}: is a file, expected a directory or nothing")
     with destination_errors(destination, "reading the directory"):
+        if destination.exists() and not destination.is_dir():
+            raise DestinationError(f"{destination}: is a file, expected a directory or nothing")
         others = set(os.listdir(destination)) - {WORK_FOLDER} if destination.exists() else set()
     workspace = Workspace(destination)
     if workspace.has_plan():

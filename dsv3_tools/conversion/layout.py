@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dsv3_tools.checkpoint.index import shard_name
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.plan import ShardPlan, Step
+from dsv3_tools.errors import UsageError
 
 __all__ = ["lay_out"]
 
@@ -20,7 +21,12 @@ def lay_out(
     holds nothing but scales has no counterpart. With it, shards are filled in the source's order up
     to so many bytes of tensors; a weight larger than that gets a shard of its own. The parts of one
     weight always share a shard: some engines join them only then.
+
+    Raises:
+        UsageError: `max_shard_size` is not positive.
     """
+    if max_shard_size is not None and max_shard_size < 1:
+        raise UsageError(f"max_shard_size: got {max_shard_size}, expected a positive number of bytes")
     in_order = sorted(steps, key=lambda step: checkpoint.location(step.inputs["weight"].name))
     groups: list[list[Step]] = []
     last_shard, filled = None, 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm
 
+from dsv3_tools.checkpoint.dtypes import DTYPES
 from dsv3_tools.checkpoint.header import Header
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.plan import ShardPlan, Step, TensorRef
@@ -69,10 +70,12 @@ def cut(shard: ShardPlan, header: Header, max_nbytes: int) -> Iterator[Piece]:
 
 def _copy_pieces(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]:
     for part, spec in step.output_specs(step.shape).items():
-        element = max(1, spec.nbytes // max(1, spec.num_elements))
+        # Elements of less than a byte are copied as bytes.
+        dtype = spec.dtype if DTYPES[spec.dtype].bits % 8 == 0 else "U8"
+        element = DTYPES[dtype].bits // 8
         chunk = max(element, max_nbytes - max_nbytes % 4096)
         for start in range(0, spec.nbytes, chunk):
-            flat = TensorSpec(spec.dtype, (min(chunk, spec.nbytes - start) // element,))
+            flat = TensorSpec(dtype, (min(chunk, spec.nbytes - start) // element,))
             offset = header.offsets[step.outputs[part]] + start
             yield Piece(
                 step,

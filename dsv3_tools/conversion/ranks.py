@@ -6,6 +6,7 @@ shared filesystem. Rank 0 checks, holds the lock and finishes.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Ranks:
 
         if not distributed.is_initialized():
             distributed.init_process_group("gloo", timeout=_PATIENCE)
+            # Gloo's threads abort a process that ends before its group: "terminate called", exit code 134.
+            atexit.register(_leave)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
@@ -76,6 +79,14 @@ class Ranks:
                 if failure is not None:
                     raise _same_kind(failure[0], f"rank {rank}: {failure[1]}")
         return [found for found, _ in outcomes]
+
+
+def _leave() -> None:
+    """Ends the process group, unless the caller has done so."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _same_kind(kind: type[Dsv3Error], message: str) -> Dsv3Error:

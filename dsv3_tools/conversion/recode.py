@@ -42,7 +42,7 @@ def plan_fp8_to_bf16(
         FormatError: an FP8 quantization of another kind.
         PlanError: tensors that do not add up, all of them.
     """
-    fp8 = fp8_format(checkpoint)
+    fp8 = _fp8_format(checkpoint)
     if scale_semantics is not None:
         fp8 = replace(fp8, inverse_scales=scale_semantics == "inverse")
     steps: list[Step] = []
@@ -120,7 +120,7 @@ def plan_bf16_to_fp8(
     )
 
 
-def fp8_format(checkpoint: Checkpoint) -> FP8Block:
+def _fp8_format(checkpoint: Checkpoint) -> FP8Block:
     """Returns the FP8 format that the checkpoint's `config.json` states.
 
     Raises:
@@ -141,7 +141,7 @@ def fp8_format(checkpoint: Checkpoint) -> FP8Block:
 def _target_format(scale_fmt: str | None, like: Checkpoint | None) -> FP8Block:
     if like is None:
         return FP8Block(scale_fmt=scale_fmt or "f32")
-    fmt = fp8_format(like)
+    fmt = _fp8_format(like)
     if fmt.inverse_scales:
         raise CheckpointError(f"{like.directory}: stores reciprocal scales, which --like cannot take over")
     if scale_fmt not in (None, fmt.scale_fmt):
@@ -218,7 +218,7 @@ def _finish(
     *,
     like: Checkpoint | None = None,
 ) -> Plan:
-    travel, stay = side_files(checkpoint.directory)
+    travel, stay = side_files(checkpoint.directory, checkpoint.shards)
     scales_read = [step.inputs[LIKE_PART].name for step in steps if LIKE_PART in step.inputs]
     nbytes_in = checkpoint.nbytes + sum(like.specs[name].nbytes for name in scales_read if like is not None)
     return Plan(

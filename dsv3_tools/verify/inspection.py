@@ -133,7 +133,7 @@ def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
     yield from _model_oddities(checkpoint)
     yield from _quantization_oddities(checkpoint)
     yield from _index_oddities(checkpoint)
-    _, left_behind = side_files(checkpoint.directory)
+    _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
     pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if pickles:
         yield f"pickle files, never opened nor copied: {_list(pickles)}"

@@ -232,6 +232,6 @@ def test_tilings_agree() -> None:
     g = torch.Generator().manual_seed(5)
     codes, scale = _random_codes((130, 272), g), _random_scale((2, 3), g)
     weight = torch.randn(130, 272, generator=g).to(torch.bfloat16)
-    for tiling in (Tiling(8, 128, 2, 16, 4), Tiling(128, 256, 1, 8, 4), Tiling(16, 512, 4, 8, 8)):
+    for tiling in (Tiling(8, 128, 16, 4), Tiling(128, 256, 8, 4), Tiling(16, 512, 8, 8)):
         _dequantize([codes, codes[:1]], [scale, scale[:1]], tiling=tiling)
         _quantize([weight, weight[:1]], tiling=tiling)

@@ -1,0 +1,103 @@
+"""Every command refuses every damaged checkpoint: one line, exit code 3, nothing written."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def load_corruptions() -> ModuleType:
+    """Returns `tests/checkpoint/corruptions.py`, which has no package to be imported from."""
+    path = Path(__file__).parents[1] / "checkpoint" / "corruptions.py"
+    spec = importlib.util.spec_from_file_location("corruptions_for_commands", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CORRUPTIONS = load_corruptions().CORRUPTIONS
+IN_A_PROCESS = (
+    "shard_is_fifo",
+    "header_nesting_bomb",
+    "index_hostile_name",
+    "config_surrogate",
+    "shard_is_device",
+)
+
+COMMANDS: dict[str, list[str]] = {
+    "inspect": ["inspect", "BAD"],
+    "fp8-to-bf16": ["convert", "fp8-to-bf16", "BAD", "OUT"],
+    "dry run": ["convert", "fp8-to-bf16", "BAD", "OUT", "--dry-run"],
+    "bf16-to-fp8": ["convert", "bf16-to-fp8", "BAD", "OUT"],
+    "like": ["convert", "bf16-to-fp8", "BF16", "OUT", "--like", "BAD"],
+    "verify integrity": ["verify", "integrity", "BAD"],
+}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pristine") / "model"
+    load_corruptions().make_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pristine_bf16(pristine: Path) -> Path:
+    import dsv3_tools
+
+    path = pristine.with_name("model-bf16")
+    dsv3_tools.convert_fp8_to_bf16(pristine, path)
+    return path
+
+
+def command_line(command: str, bad: Path, bf16: Path, out: Path) -> list[str]:
+    places = {"BAD": str(bad), "BF16": str(bf16), "OUT": str(out)}
+    return [places.get(word, word) for word in COMMANDS[command]]
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_refused_by_every_command(
+    dsv3, pristine: Path, pristine_bf16: Path, tmp_path: Path, name: str
+) -> None:
+    bad, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(pristine, bad)
+    CORRUPTIONS[name](bad)
+    for command in COMMANDS:
+        for options in ([], ["--json"]):
+            began = time.monotonic()
+            outcome = dsv3(*command_line(command, bad, pristine_bf16, out), *options)
+            assert time.monotonic() - began < 5, command
+            assert outcome.code in ((3, 4) if command == "verify integrity" else (3,)), (command, outcome)
+            assert outcome.error_line.isprintable()
+            if options:
+                assert outcome.document
+            assert not out.exists()
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_refused_in_a_process(
+    dsv3_process, pristine: Path, pristine_bf16: Path, tmp_path: Path, name: str
+) -> None:
+    bad, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(pristine, bad)
+    CORRUPTIONS[name](bad)
+    outcome = dsv3_process(*command_line("fp8-to-bf16", bad, pristine_bf16, out))
+    assert outcome.code == 3
+    assert outcome.error_line.isprintable()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_negative_control_the_right_checkpoint_is_not_refused(
+    dsv3, pristine: Path, pristine_bf16: Path, tmp_path: Path, command: str
+) -> None:
+    bad = pristine_bf16 if command == "bf16-to-fp8" else pristine
+    outcome = dsv3(*command_line(command, bad, pristine_bf16, tmp_path / "out"))
+    assert (outcome.code, outcome.err) == (0, "")

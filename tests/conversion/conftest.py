@@ -1,0 +1,357 @@
+"""Small checkpoints, the three conversions, and the tools that interrupt and examine a run.
+
+The tests live in files without a package, so what they share comes as fixtures.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dsv3_tools
+from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
+from dsv3_tools.conversion.executor import RunResult
+from dsv3_tools.conversion.workspace import Workspace
+
+# Partial blocks in both directions, three shards, about 300 kB: a run takes some 30 ms.
+TINY: dict[str, Any] = {
+    "hidden_size": 160,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 96,
+    "vocab_size": 64,
+    "num_attention_heads": 2,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+SIDE_FILES = {
+    "tokenizer.json": b'{"version": "1.0"}\n',
+    "generation_config.json": b'{"temperature": 0.6}\n',
+    "chat_template.jinja": b"{{ messages }}\n",
+    "modeling_deepseek.py": b"raise SystemExit('imported from a model directory')\n",
+}
+WRITE_SIDE = ("open", "pwrite", "write", "fsync", "rename", "unlink", "ftruncate", "mkdir", "rmdir")
+READ_SIDE = ("preadv", "posix_fadvise", "scandir")
+
+Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One conversion from one source; `expected` is what an uninterrupted run writes."""
+
+    operation: str
+    source: Path
+    like: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    expected: dict[str, bytes] = field(default_factory=dict)
+
+    def convert(self, destination: Path, **options: Any) -> RunResult:
+        """Runs the conversion on the CPU, with one worker unless told otherwise."""
+        options = {"device": "cpu", "workers": 1} | self.options | options
+        if self.operation == "fp8-to-bf16":
+            return dsv3_tools.convert_fp8_to_bf16(self.source, destination, **options)
+        return dsv3_tools.convert_bf16_to_fp8(self.source, destination, like=self.like, **options)
+
+    def arguments(self, destination: Path) -> list[str]:
+        """Returns the arguments of `dsv3` for the same."""
+        like = [] if self.like is None else ["--like", str(self.like)]
+        return ["convert", self.operation, str(self.source), str(destination), "--device", "cpu", *like]
+
+    def with_own_source(self, folder: Path) -> Case:
+        """Returns the case over copies of its sources, with the same times, that a test may damage."""
+        like = None if self.like is None else Tools.copy(self.like, folder / "like")
+        return replace(self, source=Tools.copy(self.source, folder / "source"), like=like)
+
+
+class Tools:
+    """Functions that several test files use."""
+
+    index = INDEX_NAME
+    manifest = MANIFEST_NAME
+    write_side = WRITE_SIDE
+    read_side = READ_SIDE
+    tiny = TINY
+
+    @staticmethod
+    def make(folder: Path, *, layers: int = 2, experts: int = 2, shards: int = 3, **options: Any) -> Path:
+        """Makes a small checkpoint with the files that lie beside one."""
+        overrides = TINY | options.pop("overrides", {})
+        dsv3_tools.sample(
+            folder, layers=layers, experts=experts, shards=shards, overrides=overrides, **options
+        )
+        for name, data in SIDE_FILES.items():
+            (folder / name).write_bytes(data)
+        (folder / "optimizer.bin").write_bytes(b"stays behind")
+        return folder
+
+    @staticmethod
+    def copy(source: Path, folder: Path) -> Path:
+        """Copies a directory, times included."""
+        return Path(shutil.copytree(source, folder, copy_function=shutil.copy2))
+
+    @staticmethod
+    def snapshot(folder: Path) -> dict[str, bytes]:
+        """Returns the bytes of every file below `folder`, empty folders as names that end in a slash."""
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.is_file():
+                found[name] = path.read_bytes()
+            elif not any(path.iterdir()):
+                found[name + "/"] = b""
+        return found
+
+    @staticmethod
+    def is_same(found: dict[str, bytes], expected: dict[str, bytes]) -> str:
+        """Returns how two snapshots differ; empty when they don't."""
+        parts = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+        parts += [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
+        both = sorted(found.keys() & expected.keys())
+        parts += [f"{name} differs" for name in both if found[name] != expected[name]]
+        return "; ".join(parts)
+
+    @staticmethod
+    def violations(destination: Path, expected: dict[str, bytes]) -> str:
+        """Returns what is wrong with an unfinished destination: nothing incomplete has a final name."""
+        if not destination.exists():
+            return ""
+        found = {n: d for n, d in Tools.snapshot(destination).items() if not n.startswith(".dsv3/")}
+        problems = []
+        for name, data in found.items():
+            if name not in expected:
+                problems.append(f"{name} is not part of the result")
+            elif data != expected[name]:
+                problems.append(f"{name} is incomplete")
+        before_index = set(expected) - {INDEX_NAME, MANIFEST_NAME}
+        if INDEX_NAME in found and not before_index <= found.keys():
+            problems.append(f"the index is there before {sorted(before_index - found.keys())}")
+        if MANIFEST_NAME in found and INDEX_NAME not in found:
+            problems.append("the manifest is there before the index")
+        return "; ".join(problems)
+
+    @staticmethod
+    def journalled(destination: Path) -> dict[str, tuple[int, int]]:
+        """Returns inode and time of every shard that the journal says is finished."""
+        return {name: Tools.identity(destination / name) for name in Workspace(destination).read_journal()}
+
+    @staticmethod
+    def identity(path: Path) -> tuple[int, int]:
+        """Returns a file's inode and time, which change when it is written again; zeros without a file."""
+        status = path.stat() if path.exists() else None
+        return (0, 0) if status is None else (status.st_ino, status.st_mtime_ns)
+
+    @staticmethod
+    @contextmanager
+    def interposed(hook: Hook, names: tuple[str, ...] = WRITE_SIDE) -> Iterator[None]:
+        """Lets `hook(name, real function, args, kwargs)` stand in for functions of `os`."""
+        real = {name: getattr(os, name) for name in names}
+
+        def stand_in(name: str) -> Callable[..., Any]:
+            return lambda *args, **kwargs: hook(name, real[name], args, kwargs)
+
+        try:
+            for name in names:
+                setattr(os, name, stand_in(name))
+            yield
+        finally:
+            for name, function in real.items():
+                setattr(os, name, function)
+
+    @staticmethod
+    def unsynced(name: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls through, but for fsync: it decides nothing when only the process dies."""
+        return None if name == "fsync" else real(*args, **kwargs)
+
+    @staticmethod
+    def convert_quickly(case: Case, destination: Path, **options: Any) -> RunResult:
+        """Runs a conversion without waiting for the disk."""
+        with Tools.interposed(Tools.unsynced, ("fsync",)):
+            return case.convert(destination, **options)
+
+    @staticmethod
+    def in_child(act: Callable[[], Any], *, kill_after: float | None = None) -> int:
+        """Runs `act` in a forked child; returns 0, 1 after an exception, or minus the signal."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # no other thread runs: pools are joined
+            child = os.fork()
+        if child == 0:
+            gc.disable()  # a collection would write to every object, and so copy the parent's memory
+            try:
+                act()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise TimeoutError("the child hung")
+
+    @staticmethod
+    def killed_at(
+        case: Case,
+        destination: Path,
+        when: Callable[[int, str, tuple[Any, ...]], bool],
+        *,
+        torn: bool = False,
+        names: tuple[str, ...] = WRITE_SIDE,
+        **options: Any,
+    ) -> bool:
+        """Runs a conversion in a child that gets SIGKILL before the call that `when` picks.
+
+        With `torn` half of the data of that call is written first. Returns whether it was killed.
+        """
+        calls = iter(range(1, 1_000_000))
+
+        def hook(name: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if when(next(calls), name, args):
+                if torn and name in ("pwrite", "write"):
+                    real(args[0], args[1][: len(args[1]) // 2], *args[2:])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return Tools.unsynced(name, real, args, kwargs)
+
+        def act() -> None:
+            with Tools.interposed(hook, names):
+                case.convert(destination, **options)
+
+        code = Tools.in_child(act)
+        assert code in (0, -signal.SIGKILL), "the run failed by itself"
+        return code != 0
+
+    @staticmethod
+    def killed_before_last_shard(case: Case, destination: Path, **options: Any) -> None:
+        """Leaves a destination with all shards but the last one in its journal."""
+        last = sorted(name for name in case.expected if name.endswith(".safetensors"))[-1]
+
+        def opens_last(number: int, name: str, args: tuple[Any, ...]) -> bool:
+            return name == "open" and Path(os.fsdecode(args[0])).name.startswith(last + ".")
+
+        assert Tools.killed_at(case, destination, opens_last, **options)
+
+    @staticmethod
+    def count_calls(case: Case, destination: Path, names: tuple[str, ...] = WRITE_SIDE) -> int:
+        """Returns how many such calls an uninterrupted run makes; removes what it wrote."""
+        calls: list[str] = []
+
+        def hook(name: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.append(name)
+            return Tools.unsynced(name, real, args, kwargs)
+
+        with Tools.interposed(hook, names):
+            case.convert(destination)
+        shutil.rmtree(destination)
+        return len(calls)
+
+    @staticmethod
+    def poke(folder: Path, tensor: str, element: int, data: bytes) -> None:
+        """Overwrites one element of a tensor on disk."""
+        with dsv3_tools.Checkpoint(folder) as checkpoint:
+            shard, offset = checkpoint.location(tensor)
+        with (folder / shard).open("r+b") as file:
+            file.seek(offset + element * len(data))
+            file.write(data)
+
+    @staticmethod
+    def edit(folder: Path, change: Callable[[dict[str, dict[str, torch.Tensor]]], Any]) -> None:
+        """Lets `change` edit the tensors, by shard, and writes shards and index again."""
+        shards = {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        change(shards)
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        for shard, tensors in shards.items():
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+        (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    @staticmethod
+    def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Lets `change` edit config.json."""
+        path = folder / "config.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document, indent=2))
+
+
+@pytest.fixture(scope="session")
+def tools() -> type[Tools]:
+    return Tools
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    # A forked child must not wait for OpenMP threads that only its parent has.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """The three conversions of one tiny model; the BF16 one has a weight changed since it was FP8."""
+    root = tmp_path_factory.mktemp("cases")
+    fp8 = Tools.make(root / "fp8")
+    first = Case("fp8-to-bf16", fp8)
+    Tools.convert_quickly(first, root / "fp8-to-bf16")
+    bf16 = Tools.copy(root / "fp8-to-bf16", root / "bf16")
+    Tools.poke(bf16, "model.layers.1.mlp.experts.1.up_proj.weight", 3, b"\x00\x3f")  # 0.5
+    made = {
+        "fp8-to-bf16": first,
+        "bf16-to-fp8": Case("bf16-to-fp8", bf16),
+        "bf16-to-fp8-like": Case("bf16-to-fp8", bf16, like=fp8),
+    }
+    for name, case in made.items():
+        if not (root / name).exists():
+            Tools.convert_quickly(case, root / name)
+        made[name] = replace(case, expected=Tools.snapshot(root / name))
+    return made
+
+
+@pytest.fixture(params=["fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like"])
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
+    return cases[request.param]
+
+
+@pytest.fixture
+def fp8_case(cases: dict[str, Case], tmp_path: Path) -> Case:
+    """FP8 to BF16 over a source that the test may damage."""
+    return cases["fp8-to-bf16"].with_own_source(tmp_path / "own")
+
+
+@pytest.fixture
+def bf16_case(cases: dict[str, Case], tmp_path: Path) -> Case:
+    """BF16 to FP8 over a source that the test may damage."""
+    return cases["bf16-to-fp8"].with_own_source(tmp_path / "own")
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers that are the same in every run of a test."""
+    return random.Random(request.node.nodeid)

@@ -1,0 +1,67 @@
+"""Several processes started by torchrun: the bytes of one, and one fate for all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, sys
+sys.argv[0] = "dsv3"
+if os.environ.get("FAIL_IN_RANK") == os.environ["RANK"]:
+    real = os.pwrite
+    def full(descriptor, data, offset):
+        if offset:
+            raise OSError(28, os.strerror(28))
+        return real(descriptor, data, offset)
+    os.pwrite = full
+from dsv3_tools.cli import main
+main()
+"""
+
+
+def torchrun(case, out, tmp_path, *, fail_in: int | None = None) -> subprocess.CompletedProcess:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["--redirects", "0:0,1:0", str(script), *case.arguments(out)]
+    failing = {} if fail_in is None else {"FAIL_IN_RANK": str(fail_in)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name, value in failing.items():
+            patch.setenv(name, value)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_two_processes_write_what_one_does(cases, tools, tmp_path):
+    case = cases["fp8-to-bf16"]
+    run = torchrun(case, tmp_path / "out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert not tools.is_same(tools.snapshot(tmp_path / "out"), case.expected)
+
+
+def test_failure_in_one_of_two(cases, tools, tmp_path):
+    """Rank 0 says what went wrong in rank 1; both end; one process goes on from there."""
+    case, out = cases["bf16-to-fp8-like"], tmp_path / "out"
+    run = torchrun(case, out, tmp_path, fail_in=1)
+    assert run.returncode != 0
+    assert "rank 1: " in run.stderr
+    assert "No space left on device" in run.stderr
+    assert run.stderr.count("exitcode  : 5") == 2, run.stderr
+    assert not tools.violations(out, case.expected)
+    kept = tools.journalled(out)
+    result = tools.convert_quickly(case, out)
+    assert result.shards_resumed == len(kept)
+    assert not tools.is_same(tools.snapshot(out), case.expected)
+
+
+def test_refusal_by_rank_0_ends_both(cases, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    run = torchrun(cases["fp8-to-bf16"], out, tmp_path)
+    assert run.returncode != 0
+    assert "is not empty (notes.txt)" in run.stderr
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
