@@ -236,6 +236,8 @@ def dequantize_candidates() -> list[Tiling]:
             (4, 2048),
             (8, 2048),
             (8, 256),
+            (64, 128),
+            (128, 128),
         )
         for vector, num_warps in ((8, 4), (16, 4), (8, 8), (16, 8))
         if 16 <= rows * columns // num_warps // 32 <= 128
@@ -247,7 +249,8 @@ def quantize_candidates() -> list[Tiling]:
         Tiling(rows, 128, vector, num_warps)
         for rows, vector, num_warps in itertools.product((16, 32, 64, 128), (8, 16), (4, 8, 16))
     ]
-    return tilings + [Tiling(rows, 256, 16, warps) for rows in (32, 64, 128) for warps in (8, 16)]
+    tilings += [Tiling(rows, 256, 16, warps) for rows in (32, 64, 128) for warps in (8, 16)]
+    return tilings + [Tiling(128, 128, 16, 8, registers) for registers in (72, 80, 96)]
 
 
 def compile_in_a_worker(kind: str, tiling: Tiling) -> str:
@@ -287,11 +290,11 @@ def sweep(report: Report) -> None:
             ]
             results.append((row, tiling))
         print(f"\n{kind}; default {default}\n")
-        print("| rows | columns | vector | warps | 288 experts | (18432, 7168) | (2048, 7168) |")
-        print("|---|---|---|---|---|---|---|")
+        print("| rows | columns | vector | warps | registers | 288 experts | (18432, 7168) | (2048, 7168) |")
+        print("|---|---|---|---|---|---|---|---|")
         for row, t in sorted(results, key=lambda r: -r[0][0]):
             print(
-                f"| {t.rows} | {t.columns} | {t.vector} | {t.num_warps} | "
+                f"| {t.rows} | {t.columns} | {t.vector} | {t.num_warps} | {t.max_registers} | "
                 + " | ".join(f"{x:.3f}" for x in row)
                 + (" | <- default" if t == default else " |")
             )

@@ -137,18 +137,28 @@ def _print_preview(plan: Plan, found: Preview) -> None:
 def _print_result(result: RunResult) -> None:
     if result.already_complete:
         print_line(f"already complete: {result.destination} holds this result, nothing was written")
+        _print_nonfinite(result)
         return
     kept = f", {result.shards_resumed} were there already" if result.shards_resumed else ""
     print_line(
         f"wrote {result.shards_written} shards{kept}; {size(result.nbytes_out)} in all, "
         f"{result.seconds:.1f} s with {result.workers} workers on {', '.join(result.devices)}"
     )
+    if result.blocks_compared:
+        print_line(
+            f"{result.blocks_kept:,} of {result.blocks_compared:,} blocks did not change and have their "
+            "original bytes"
+        )
+    _print_nonfinite(result)
+    print_line(
+        f"every file's SHA-256 is in {result.manifest}; to check: dsv3 verify integrity {result.destination}"
+    )
+
+
+def _print_nonfinite(result: RunResult) -> None:
     if result.nonfinite:
         total = sum(result.nonfinite.values())
         print_note(
             f"dsv3: kept {total:,} NaN or infinite elements in {len(result.nonfinite)} tensors, "
             "listed in the manifest"
         )
-    print_line(
-        f"every file's SHA-256 is in {result.manifest}; to check: dsv3 verify integrity {result.destination}"
-    )

@@ -9,7 +9,7 @@ from functools import partial
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.devices import default_workers
-from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
@@ -104,18 +104,25 @@ class Crew:
         yield CpuPipeline(self._checkpoints, self._stop, meter)
 
     def _write(self, shard: ShardPlan, pipeline: Pipeline) -> None:
-        policy = NonfinitePolicy(keep=self._options.nonfinite == "keep")
+        findings = Findings(keep_nonfinite=self._options.nonfinite == "keep")
         encoded, _ = shard.header()
         final = self._workspace.destination / shard.name
         with ShardWriter(
             final, folder=self._workspace.folder, label=self._label, header=encoded, nbytes=shard.nbytes
         ) as writer:
-            pipeline.fill(shard, writer, policy)
+            pipeline.fill(shard, writer, findings)
             self._check_sources(shard)
             sha256 = writer.commit()
         status = final.stat()
         entry = JournalEntry(
-            shard.name, sha256, shard.nbytes, status.st_mtime_ns, status.st_ctime_ns, dict(policy.counts)
+            shard=shard.name,
+            sha256=sha256,
+            nbytes=shard.nbytes,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+            nonfinite=dict(findings.nonfinite),
+            blocks=findings.blocks,
+            blocks_kept=findings.blocks_kept,
         )
         self._workspace.append_journal(entry, self._rank)
         self._written[shard.name] = entry

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from dsv3_tools.checkpoint.durable import destination_errors
 from dsv3_tools.checkpoint.index import INDEX_NAME
@@ -16,7 +17,7 @@ from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError, DestinationError
 
-__all__ = ["State", "clear", "finished_shards", "replaceable_nbytes", "survey", "withdraw"]
+__all__ = ["State", "clear", "finished_shards", "read_manifest", "replaceable_nbytes", "survey", "withdraw"]
 
 _HASH_BYTES = 4 << 20
 
@@ -60,7 +61,8 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
 def clear(destination: Path) -> None:
     """Removes a checkpoint that is to be overwritten: the index first, so that half of it is none.
 
-    Removes shards, index and manifest; other files are left, or replaced one by one.
+    Removes shards, index, manifest and what the manifest lists (an old tokenizer must not stay beside new
+    weights); other files are left.
     """
     with destination_errors(destination, "removing what was there"):
         for path in _replaceable(destination):
@@ -116,10 +118,19 @@ def _is_intact(destination: Path, entry: JournalEntry) -> bool:
     return digest.hexdigest() == entry.sha256
 
 
+def read_manifest(destination: Path) -> dict[str, Any]:
+    """Returns the manifest of a finished result.
+
+    Raises:
+        CheckpointError: there is none, or it has been changed.
+    """
+    text = read_small_file(destination, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    return parse_manifest(text, str(destination / MANIFEST_NAME))
+
+
 def _holds_result_of(plan: Plan, destination: Path) -> bool:
     try:
-        text = read_small_file(destination, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        manifest = parse_manifest(text, MANIFEST_NAME)
+        manifest = read_manifest(destination)
         files: Mapping[str, Mapping[str, int]] = manifest["files"]
         sizes_agree = all(
             (destination / name).stat().st_size == file["nbytes"] for name, file in files.items()
@@ -138,7 +149,11 @@ def _foreign_shard(plan: Plan, names: set[str]) -> str | None:
 def _replaceable(destination: Path) -> Iterator[Path]:
     if not destination.is_dir():
         return
-    for name in (INDEX_NAME, MANIFEST_NAME):
+    try:
+        listed = [name for name in read_manifest(destination)["files"] if Path(name).name == name]
+    except CheckpointError:
+        listed = []
+    shards = sorted(path.name for path in destination.glob("*.safetensors"))
+    for name in dict.fromkeys([INDEX_NAME, MANIFEST_NAME, *listed, *shards]):
         if os.path.lexists(destination / name):
             yield destination / name
-    yield from sorted(destination.glob("*.safetensors"))

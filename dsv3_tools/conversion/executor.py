@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
@@ -21,6 +21,7 @@ from dsv3_tools.conversion.destination import (
     State,
     clear,
     finished_shards,
+    read_manifest,
     replaceable_nbytes,
     survey,
     withdraw,
@@ -44,7 +45,9 @@ class RunResult:
     """What a run did.
 
     `seconds` is the time from the first check to the last rename; `nonfinite` counts elements that
-    are NaN or infinite by tensor, when they were kept.
+    are NaN or infinite by tensor, when they were kept; `blocks_compared` and `blocks_kept` count the
+    blocks that had scales of an earlier quantization, and those that kept them. These are of the whole
+    result, whichever run wrote it.
     """
 
     destination: Path
@@ -58,6 +61,8 @@ class RunResult:
     devices: tuple[str, ...]
     workers: int
     nonfinite: Mapping[str, int]
+    blocks_compared: int
+    blocks_kept: int
 
     @property
     def manifest(self) -> Path:
@@ -138,7 +143,7 @@ def run(
         start = partial(_start, plan, checkpoints, workspace, options, held)
         resumed = _together(ranks, start if ranks.is_first else _nothing)[0]
         if resumed is None:
-            return _result(plan, destination, began, devices, complete=True)
+            return _result(plan, destination, began, devices, read_manifest(destination), complete=True)
         crew = Crew(plan, checkpoints, workspace, options, ranks, devices)
         todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
         written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
@@ -149,10 +154,10 @@ def run(
         destination,
         began,
         devices,
+        manifest or {},
         workers=crew.workers(todo),
         written=len(written),
         resumed=len(resumed),
-        nonfinite=manifest["nonfinite"] if manifest is not None else {},
     )
 
 
@@ -227,12 +232,12 @@ def _result(
     destination: Path,
     began: float,
     devices: list[str],
+    manifest: Mapping[str, Any],
     *,
     complete: bool = False,
     workers: int = 0,
     written: int = 0,
     resumed: int = 0,
-    nonfinite: Mapping[str, int] | None = None,
 ) -> RunResult:
     return RunResult(
         destination=destination,
@@ -245,5 +250,7 @@ def _result(
         seconds=time.monotonic() - began,
         devices=tuple(devices),
         workers=workers,
-        nonfinite=nonfinite or {},
+        nonfinite=manifest.get("nonfinite", {}),
+        blocks_compared=manifest.get("blocks_compared", 0),
+        blocks_kept=manifest.get("blocks_kept", 0),
     )

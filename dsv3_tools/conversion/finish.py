@@ -70,6 +70,8 @@ def _manifest(plan: Plan, done: Mapping[str, JournalEntry], small: Mapping[str, 
         "options": dict(plan.options),
         "plan_digest": plan.digest,
         "nonfinite": dict(sorted(nonfinite.items())),
+        "blocks_compared": sum(entry.blocks for entry in done.values()),
+        "blocks_kept": sum(entry.blocks_kept for entry in done.values()),
         "dropped": dict(plan.dropped),
         "sources": [
             {

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
-from dsv3_tools.conversion.buffers import as_array, as_bytes, view
-from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.buffers import as_bytes, view
+from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.pieces import Piece, cut
 from dsv3_tools.conversion.plan import ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
-from dsv3_tools.kernels.nonfinite import count_nonfinite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,35 +38,27 @@ class CpuPipeline:
     def close(self) -> None:
         """Nothing to release beyond memory."""
 
-    def fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def fill(self, shard: ShardPlan, writer: ShardWriter, findings: Findings) -> None:
         """Writes every tensor of `shard`."""
         _, header = shard.header()
         ahead = _ReadAhead(self._checkpoints, shard)
         for piece in cut(shard, header, PIECE_NBYTES):
             self._stop.check()
             ahead.advance(piece)
-            self._process(piece, writer, policy)
+            self._process(piece, writer, findings)
             self._meter.add(piece.nbytes_in)
 
-    def _process(self, piece: Piece, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def _process(self, piece: Piece, writer: ShardWriter, findings: Findings) -> None:
         items = {}
         for part, read in piece.reads.items():
             items[part] = self._buffer(f"in {part}", read.spec)
             self._checkpoints[read.ref.origin].read_into(read.ref.name, read.start, as_bytes(items[part]))
         if piece.step.source is None or piece.step.target is None or piece.step.is_copy:
-            outs = items
-            dtype = piece.reads["weight"].spec.dtype
-            count = count_nonfinite(as_array(items["weight"]), dtype)
+            outs, nonfinite = items, None
         else:
             outs = {part: self._buffer(f"out {part}", write.spec) for part, write in piece.writes.items()}
-            count = int(recode_into(piece.step.source, piece.step.target, [items], [outs])[0])
-        if count:
-            policy.judge(
-                piece,
-                count,
-                {part: as_array(item) for part, item in items.items()},
-                {part: as_array(out) for part, out in outs.items()},
-            )
+            nonfinite = int(recode_into(piece.step.source, piece.step.target, [items], [outs])[0])
+        findings.note(piece, nonfinite, items, outs)
         for part, write in piece.writes.items():
             writer.write(write.offset, as_bytes(outs[part]))
 

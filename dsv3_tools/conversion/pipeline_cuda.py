@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
-from dsv3_tools.conversion.buffers import as_array, as_bytes, view
-from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.buffers import as_bytes, view
+from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.pieces import Piece, Read, Write, cut
 from dsv3_tools.conversion.plan import ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
-from dsv3_tools.kernels.nonfinite import count_nonfinite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +64,7 @@ class CudaPipeline:
         self._writing.shutdown()
         self._slots.clear()
 
-    def fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def fill(self, shard: ShardPlan, writer: ShardWriter, findings: Findings) -> None:
         """Writes every tensor of `shard`."""
         import torch
 
@@ -75,7 +74,7 @@ class CudaPipeline:
                 self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             try:
                 with torch.cuda.stream(self._stream):
-                    self._fill(shard, writer, policy)
+                    self._fill(shard, writer, findings)
             finally:
                 for slot in self._slots:
                     slot.abandon()
@@ -92,19 +91,19 @@ class CudaPipeline:
                 raise
             raise torch.cuda.OutOfMemoryError(str(error)) from error
 
-    def _fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def _fill(self, shard: ShardPlan, writer: ShardWriter, findings: Findings) -> None:
         _, header = shard.header()
         slots = cycle(self._slots)
         slot = next(slots)
         for piece in cut(shard, header, self._batch_nbytes // 4):
             self._stop.check()
             if not slot.fits(piece):
-                slot.dispatch(self._writing, writer, policy)
+                slot.dispatch(self._writing, writer, findings)
                 slot = next(slots)
                 slot.wait()
             slot.load(piece, self._checkpoints)
             self._meter.add(piece.nbytes_in)
-        slot.dispatch(self._writing, writer, policy)
+        slot.dispatch(self._writing, writer, findings)
         for slot in self._slots:
             slot.wait()
 
@@ -166,7 +165,7 @@ class _Slot:
             checkpoints[read.ref.origin].read_into(read.ref.name, read.start, as_bytes(place))
         self._loaded.append(_Loaded(piece, reads, writes))
 
-    def dispatch(self, writing: ThreadPoolExecutor, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def dispatch(self, writing: ThreadPoolExecutor, writer: ShardWriter, findings: Findings) -> None:
         """Queues the batch's work on the current stream, and its writing behind it."""
         coded = self._coded()
         if coded:
@@ -180,7 +179,7 @@ class _Slot:
                 self._host_out[start:end].copy_(self._device_out[start:end], non_blocking=True)
             self._counts[: len(coded)].copy_(counts, non_blocking=True)
         self._ready.record()
-        self._written = writing.submit(self._drain, writer, policy)
+        self._written = writing.submit(self._drain, writer, findings)
 
     def wait(self) -> None:
         """Waits until the batch is written, raises what went wrong, and empties the slot."""
@@ -194,24 +193,14 @@ class _Slot:
             self._written.exception()
         self._reset()
 
-    def _drain(self, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def _drain(self, writer: ShardWriter, findings: Findings) -> None:
         self._ready.synchronize()
         counts = iter(self._counts[: len(self._coded())].tolist())
         for loaded in self._loaded:
             piece = loaded.piece
             outs = self._parts(self._host_out, loaded.writes, piece.writes)
             items = outs if piece.step.is_copy else self._parts(self._host_in, loaded.reads, piece.reads)
-            if piece.step.is_copy:
-                count = count_nonfinite(as_array(outs["weight"]), piece.writes["weight"].spec.dtype)
-            else:
-                count = next(counts)
-            if count:
-                policy.judge(
-                    piece,
-                    count,
-                    {part: as_array(item) for part, item in items.items()},
-                    {part: as_array(out) for part, out in outs.items()},
-                )
+            findings.note(piece, None if piece.step.is_copy else next(counts), items, outs)
             for part, write in piece.writes.items():
                 writer.write(write.offset, as_bytes(outs[part]))
 

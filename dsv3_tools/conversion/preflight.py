@@ -118,10 +118,11 @@ def _scale_problem(
     with np.errstate(over="ignore"):
         median = float(np.median(1 / good if inverse else good)) if good.size else 0.0
     if judge_magnitude and median > LARGEST_PLAUSIBLE_MEDIAN_SCALE:
-        meant = "multipliers" if inverse else "reciprocals"
+        question = "are its scales multipliers" if inverse else "are its scales reciprocals"
+        remedy = "" if ref.origin == "like" else " --scale-semantics says how to read them"
         return (
             f"{ref.name}: weights would be multiplied by {median:.3g}, expected less than "
-            f"{LARGEST_PLAUSIBLE_MEDIAN_SCALE:g}; are its scales {meant}? --scale-semantics sets it"
+            f"{LARGEST_PLAUSIBLE_MEDIAN_SCALE:g}; {question}?{remedy}"
         )
     return None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dsv3_tools.checkpoint.writer import ShardWriter
-from dsv3_tools.conversion.nonfinite import NonfinitePolicy
+from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.plan import ShardPlan
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import Dsv3Error, Interrupted
@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.2
 class Pipeline(Protocol):
     """Fills shards one after another, with buffers and a device of its own."""
 
-    def fill(self, shard: ShardPlan, writer: ShardWriter, policy: NonfinitePolicy) -> None:
+    def fill(self, shard: ShardPlan, writer: ShardWriter, findings: Findings) -> None:
         """Writes every tensor of `shard`."""
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ OWNER_NAME = "owner.json"
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """A finished shard: its hash, what the file looked like right after its rename, and its NaNs."""
+    """A finished shard: its hash, what the file looked like right after its rename, and its findings."""
 
     shard: str
     sha256: str
@@ -45,6 +45,8 @@ class JournalEntry:
     mtime_ns: int
     ctime_ns: int
     nonfinite: Mapping[str, int]
+    blocks: int = 0
+    blocks_kept: int = 0
 
 
 class Workspace:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,10 +140,9 @@ def _check_file(folder: Path, name: str, nbytes: int, sha256: str, meter: Meter,
 
 def _stop_on_interrupt(tasks: list[Any], stop: Stop) -> None:
     """Waits in short steps, so that a signal handler of the main thread gets its turn."""
-    pause = threading.Event()
     try:
-        while not all(task.done() for task in tasks):
-            pause.wait(0.05)
+        while wait(tasks, timeout=0.2).not_done:
+            pass
     except BaseException:
         stop.set()
         raise

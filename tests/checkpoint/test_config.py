@@ -87,7 +87,7 @@ def test_zero(key: str) -> None:
     if key in MAY_BE_ZERO:
         assert getattr(ModelConfig.from_dict({**V3, key: 0}), key) == 0
     else:
-        refuse({**V3, key: 0}, f"{key} is '0', expected a whole number of at least 1")
+        refuse({**V3, key: 0}, f"{key} is '0', expected a whole number from 1 to 2,147,483,647")
 
 
 @pytest.mark.parametrize("value", [0, 1, "false", []])

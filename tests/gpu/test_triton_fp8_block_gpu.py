@@ -1,7 +1,7 @@
 """The Triton FP8 block kernels on a GPU, bit for bit against `kernels/reference.py` run on the CPU.
 
-Everything runs twice: with the device's FP8 conversions, where it has them, and with the integer arithmetic of
-older devices.
+Everything runs twice: with the device's FP8 conversions, where it has them, and with the integer
+arithmetic of older devices.
 """
 
 from __future__ import annotations
