@@ -1,6 +1,7 @@
 """Whole conversions, FP8 to BF16 and back, against the machine's floor and against other tools.
 
     python benchmarks/convert.py                        2 CPU workers, page cache warm and cold
+    python benchmarks/convert.py --peers reference-loop compressed-tensors --rounds 3 --warm-only
     python benchmarks/convert.py --device cuda --workers 3 --experts 88 --shards 3
     python benchmarks/convert.py --folder /dev/shm --scaling cuda:0 cuda:0,1
     python benchmarks/convert.py --folder /dev/shm --scaling cpu cpu --workers 1
@@ -29,6 +30,7 @@ from pathlib import Path
 import dsv3_tools
 
 BLOCK_NBYTES = 4 << 20
+PEERS = ("reference-loop", "compressed-tensors")
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
             return
         for cold in (False, True) if can_drop_caches() and not arguments.warm_only else (False,):
             report("fp8-to-bf16", folder, arguments, cold=cold)
-        if not arguments.peers:
+        if not arguments.peers:  # they only know the way to BF16
             report("bf16-to-fp8", folder, arguments, cold=False)
     finally:
         shutil.rmtree(folder)
@@ -64,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-only", action="store_true", help="leave out the cold page cache")
-    parser.add_argument("--peers", action="store_true", help="run other tools too (slow)")
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="other tools to run too (slow)")
     parser.add_argument("--scaling", nargs=2, metavar="DEVICES", help="compare two device lists instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
@@ -93,8 +95,8 @@ def report(operation: str, folder: Path, arguments: argparse.Namespace, *, cold:
     names = ["floor", operation]
     if arguments.device != "cpu":
         names.append(operation + " on the cpu")
-    if arguments.peers and operation == "fp8-to-bf16":
-        names += ["reference loop", "compressed-tensors"]
+    if operation == "fp8-to-bf16":
+        names += arguments.peers
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name in names:
@@ -148,7 +150,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
         "bf16-to-fp8": ours,
         "fp8-to-bf16 on the cpu": ours,
         "bf16-to-fp8 on the cpu": ours,
-        "reference loop": reference_loop,
+        "reference-loop": reference_loop,
         "compressed-tensors": compressed_tensors,
     }[arguments.one]
     source, out = Path(arguments.source), Path(arguments.out)
@@ -226,9 +228,11 @@ def reference_loop(source: Path, out: Path, arguments: argparse.Namespace):
 
     def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if device == "cuda":
-            from gpu_kernels import deepseek_dequantize
+            from gpu_kernels import deepseek_weight_dequant
 
-            return deepseek_dequantize(codes, scale)
+            weight = torch.empty(codes.shape, dtype=torch.bfloat16, device=device)
+            deepseek_weight_dequant(codes, scale, weight)
+            return weight
         rows, columns = codes.shape
         spread = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
         return (codes.to(torch.float32) * spread).to(torch.bfloat16)

@@ -73,7 +73,7 @@ class Tiling:
 
 # Swept by benchmarks/gpu_kernels.py --sweep.
 DEQUANTIZE_TILING = Tiling(rows=4, columns=1024, vector=8, num_warps=4)
-SMALL_DEQUANTIZE_TILING = Tiling(rows=128, columns=128, vector=16, num_warps=4)
+SMALL_DEQUANTIZE_TILING = Tiling(rows=64, columns=128, vector=16, num_warps=2)
 QUANTIZE_TILING = Tiling(rows=128, columns=128, vector=16, num_warps=8, max_registers=80)
 QUANTIZE_LIKES_TILING = Tiling(rows=64, columns=128, vector=16, num_warps=8)
 QUANTIZE_TILING_WITHOUT_CONVERSIONS = Tiling(rows=32, columns=128, vector=8, num_warps=8)
@@ -115,6 +115,7 @@ def dequantize_fp8_block_into(
         max(tiling.columns // block_size[1], 1),
         min(block_size[1], tiling.columns),
         *block_size,
+        tiling is SMALL_DEQUANTIZE_TILING,
         _has_fp8_conversions(group.device_index),
     )
     return group.launch(_dequantize_kernel, constants, tiling)
@@ -514,6 +515,7 @@ def _dequantize_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     ROWS_PER_SCALE: tl.constexpr,
     COLUMNS_PER_SCALE: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
     HAS_CONVERSIONS: tl.constexpr,
     GROUPED: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -543,7 +545,10 @@ def _dequantize_kernel(
     start = first_row.to(tl.int64) * columns
     offset = row * columns + column
     mask = (first_row + row < rows) & (column < columns)
-    code = tl.load(codes + start + offset, mask=mask, other=0, cache_modifier=".cg")
+    if EVICT_FIRST:
+        code = tl.load(codes + start + offset, mask=mask, other=0, eviction_policy="evict_first")
+    else:
+        code = tl.load(codes + start + offset, mask=mask, other=0, cache_modifier=".cg")
     scale_row = (first_row // ROWS_PER_SCALE).to(tl.int64) * tl.cdiv(columns, COLUMNS_PER_SCALE)
     block_scale = tl.load(
         scales + scale_row + first_columns // COLUMNS_PER_SCALE, mask=first_columns < columns, other=0.0
