@@ -132,25 +132,21 @@ class _Slot:
         self._reset()
 
     def fits(self, piece: Piece) -> bool:
-        """Whether the piece can join: room in both buffers, and the formats of the batch.
+        """Whether the piece can join: room in both buffers, and the formats of the batch."""
+        coded = self._coded()
+        same = piece.step.is_copy or not coded or _formats(coded[0].piece) == _formats(piece)
+        return same and self._has_room(piece) and len(self._loaded) < _MAX_PIECES
+
+    def load(self, piece: Piece, checkpoints: Mapping[str, Checkpoint]) -> None:
+        """Reads a piece into the batch; one that is only copied straight into the output.
 
         Raises:
             OutOfMemoryError: it is larger than an empty batch.
         """
         import torch
 
-        room = self._in_nbytes + _padded(read.spec for read in piece.reads.values()) <= len(self._host_in)
-        room &= self._out_nbytes + _padded(write.spec for write in piece.writes.values()) <= len(
-            self._host_out
-        )
-        if not room and not self._loaded:
+        if not self._has_room(piece):
             raise torch.cuda.OutOfMemoryError("a stripe is larger than a batch")
-        coded = self._coded()
-        same = piece.step.is_copy or not coded or _formats(coded[0].piece) == _formats(piece)
-        return room and same and len(self._loaded) < _MAX_PIECES
-
-    def load(self, piece: Piece, checkpoints: Mapping[str, Checkpoint]) -> None:
-        """Reads a piece into the batch; one that is only copied straight into the output."""
         reads, writes = {}, {}
         for part, write in piece.writes.items():
             writes[part] = self._out_nbytes
@@ -203,6 +199,11 @@ class _Slot:
             findings.note(piece, None if piece.step.is_copy else next(counts), items, outs)
             for part, write in piece.writes.items():
                 writer.write(write.offset, as_bytes(outs[part]))
+
+    def _has_room(self, piece: Piece) -> bool:
+        in_nbytes = self._in_nbytes + _padded(read.spec for read in piece.reads.values())
+        out_nbytes = self._out_nbytes + _padded(write.spec for write in piece.writes.values())
+        return in_nbytes <= len(self._host_in) and out_nbytes <= len(self._host_out)
 
     def _reset(self) -> None:
         self._in_nbytes = self._out_nbytes = 0
