@@ -198,12 +198,12 @@ def ours(source: Path, out: Path, arguments: argparse.Namespace):
     convert = dsv3_tools.convert_bf16_to_fp8
     if arguments.one.startswith("fp8-to-bf16"):
         convert = dsv3_tools.convert_fp8_to_bf16
-    warm_up(arguments.device, out.parent)
+    warm_up(arguments, out.parent)
     return lambda: convert(source, out, device=arguments.device, workers=arguments.workers)
 
 
-def warm_up(device: str, folder: Path) -> None:
-    """Compiles the kernels and starts the device on a tiny checkpoint."""
+def warm_up(arguments: argparse.Namespace, folder: Path) -> None:
+    """Compiles the kernels, starts every device and takes every worker's memory, on a tiny checkpoint."""
     small = {"hidden_size": 128, "moe_intermediate_size": 128, "vocab_size": 128, "num_attention_heads": 1}
     small |= {
         "q_lora_rank": 128,
@@ -212,9 +212,10 @@ def warm_up(device: str, folder: Path) -> None:
         "num_nextn_predict_layers": 0,
     }
     place = folder / f"warm-up-{os.getpid()}"
-    dsv3_tools.sample(place / "fp8", layers=1, experts=1, overrides=small)
-    dsv3_tools.convert_fp8_to_bf16(place / "fp8", place / "bf16", device=device)
-    dsv3_tools.convert_bf16_to_fp8(place / "bf16", place / "again", device=device)
+    workers, device = arguments.workers, arguments.device
+    dsv3_tools.sample(place / "fp8", layers=2 * workers, experts=1, shards=workers, overrides=small)
+    dsv3_tools.convert_fp8_to_bf16(place / "fp8", place / "bf16", device=device, workers=workers)
+    dsv3_tools.convert_bf16_to_fp8(place / "bf16", place / "again", device=device, workers=workers)
     shutil.rmtree(place)
 
 

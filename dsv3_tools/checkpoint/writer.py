@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from dsv3_tools.checkpoint.durable import (
@@ -21,6 +22,10 @@ __all__ = ["ShardWriter"]
 
 _READ_BACK_BYTES = 4 << 20
 
+_LARGE_NBYTES = 256 << 10
+"""Smaller writes (the scales of a stripe) are not worth a thread, and asking the disk to start on their
+pages would have it write the same page again and again."""
+
 
 class ShardWriter:
     """One output file of known size, hidden under a temporary name until it is complete.
@@ -36,17 +41,29 @@ class ShardWriter:
         label: middle part of the temporary name.
         header: the encoded header.
         nbytes: size of the whole file.
+        hash_aside: hash large writes in a thread of their own while they are written, for when there are
+            cores to spare; SHA-256 is about as fast as a write to the page cache.
 
     Raises:
         DestinationError: from every method, when the disk does not do its part.
     """
 
-    def __init__(self, final: Path, *, folder: Path, label: str, header: bytes, nbytes: int) -> None:
+    def __init__(
+        self,
+        final: Path,
+        *,
+        folder: Path,
+        label: str,
+        header: bytes,
+        nbytes: int,
+        hash_aside: bool = False,
+    ) -> None:
         self._final = final
         self._nbytes = nbytes
         self._written = 0
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self._hashing = ThreadPoolExecutor(1, "dsv3-hash") if hash_aside else None
         self._committed = False
         with destination_errors(final, f"creating a file of {nbytes:,} bytes"):
             self._descriptor, self._temporary = create_temporary(folder, f"{final.name}.{label}")
@@ -66,21 +83,23 @@ class ShardWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         if self._committed:
+            self._stop_hashing()
             close_quietly(self._descriptor)
         else:
             self._discard()
 
     def write(self, offset: int, data: memoryview) -> None:
         """Writes `data` at `offset` of the file; every byte of the file is written once."""
-        if offset == self._hashed:
-            self._hash.update(data)
-            self._hashed += len(data)
+        hashed = self._update_hash(data) if offset == self._hashed else None
         done = 0
         with destination_errors(self._final, f"writing {len(data):,} bytes at {offset:,}"):
             while done < len(data):
                 done += os.pwrite(self._descriptor, data[done:], offset + done)
         self._written += len(data)
-        start_writeback(self._descriptor, offset, len(data))
+        if len(data) >= _LARGE_NBYTES:
+            start_writeback(self._descriptor, offset, len(data))
+        if hashed is not None:
+            hashed.result()
 
     def commit(self) -> str:
         """Checks the length, makes the file durable and visible; returns its SHA-256 in hexadecimal."""
@@ -95,6 +114,14 @@ class ShardWriter:
         self._committed = True
         return self._hash.hexdigest()
 
+    def _update_hash(self, data: memoryview) -> Future[None] | None:
+        """Hashes `data`, the next bytes of the file, now or aside; the caller waits for what it returns."""
+        self._hashed += len(data)
+        if self._hashing is not None and len(data) >= _LARGE_NBYTES:
+            return self._hashing.submit(self._hash.update, data)
+        self._hash.update(data)
+        return None
+
     def _hash_rest(self) -> None:
         buffer = memoryview(bytearray(min(_READ_BACK_BYTES, self._nbytes - self._hashed)))
         while self._hashed < self._nbytes:
@@ -105,5 +132,10 @@ class ShardWriter:
             self._hashed += count
 
     def _discard(self) -> None:
+        self._stop_hashing()
         close_quietly(self._descriptor)
         remove_quietly(self._temporary)
+
+    def _stop_hashing(self) -> None:
+        if self._hashing is not None:
+            self._hashing.shutdown()

@@ -40,6 +40,7 @@ class Crew:
         self._rank = ranks.rank
         self._devices = devices
         self._stop = options.stop or Stop()
+        self._cores_to_spare = False
         self._written: dict[str, JournalEntry] = {}
 
     def workers(self, todo: Sequence[ShardPlan]) -> int:
@@ -53,6 +54,7 @@ class Crew:
             Interrupted: a signal asked to stop.
             Dsv3Error: the first failure of a worker.
         """
+        self._cores_to_spare = len(os.sched_getaffinity(0)) >= 2 * self.workers(todo)
         nbytes = sum(
             spec.nbytes
             for shard in todo
@@ -108,7 +110,12 @@ class Crew:
         encoded, _ = shard.header()
         final = self._workspace.destination / shard.name
         with ShardWriter(
-            final, folder=self._workspace.folder, label=self._label, header=encoded, nbytes=shard.nbytes
+            final,
+            folder=self._workspace.folder,
+            label=self._label,
+            header=encoded,
+            nbytes=shard.nbytes,
+            hash_aside=self._cores_to_spare,
         ) as writer:
             pipeline.fill(shard, writer, findings)
             self._check_sources(shard)

@@ -59,4 +59,4 @@ def host_nbytes_per_worker(devices: Sequence[str]) -> int:
     On a GPU two batches of pinned input and output, on the CPU a few pieces; either is independent of
     the sizes of shards and tensors, but for weights with more than 65,536 columns.
     """
-    return 320 << 20 if list(devices) != ["cpu"] else 32 << 20
+    return 224 << 20 if list(devices) != ["cpu"] else 32 << 20

@@ -89,23 +89,24 @@ def _stripes(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]:
     assert step.source is not None and step.target is not None
     rows, *rest = step.shape
     together = lcm(step.source.row_alignment, step.target.row_alignment)
-    row_nbytes = max(
-        1, sum(spec.nbytes for spec in step.output_specs((together, *rest)).values()) // together
-    )
-    height = max(together, max_nbytes // row_nbytes // together * together)
+    unit_in, unit_out = step.input_specs((together, *rest)), step.output_specs((together, *rest))
+    unit_nbytes = max(1, sum(spec.nbytes for spec in unit_out.values()))
+    height = max(1, max_nbytes // unit_nbytes) * together
+    specs_in, specs_out = step.input_specs((height, *rest)), step.output_specs((height, *rest))
     for first in range(0, rows, height):
-        shape = (min(height, rows - first), *rest)
-        reads_before = step.input_specs((first, *rest))
-        writes_before = step.output_specs((first, *rest))
+        if rows - first < height:
+            shape = (rows - first, *rest)
+            specs_in, specs_out = step.input_specs(shape), step.output_specs(shape)
+        before = first // together
         yield Piece(
             step,
             {
-                part: Read(step.inputs[part], reads_before[part].nbytes, spec)
-                for part, spec in step.input_specs(shape).items()
+                part: Read(ref, before * unit_in[part].nbytes, specs_in[part])
+                for part, ref in step.inputs.items()
             },
             {
-                part: Write(header.offsets[step.outputs[part]] + writes_before[part].nbytes, spec)
-                for part, spec in step.output_specs(shape).items()
+                part: Write(header.offsets[name] + before * unit_out[part].nbytes, specs_out[part])
+                for part, name in step.outputs.items()
             },
             first * (step.shape[1] if rest else 1),
         )

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH_NBYTES", "CudaPipeline"]
 
-BATCH_NBYTES = (64 << 20, 16 << 20, 8 << 20)
-"""Bytes of a batch's input buffer, and of its output buffer; tried in turn when memory runs out."""
+BATCH_NBYTES = (96 << 20, 32 << 20, 12 << 20)
+"""Bytes of a batch, input and output together; tried in turn when memory runs out."""
 
 _SLOTS = 2
 _ALIGNMENT = 256
@@ -39,7 +39,7 @@ _MAX_PIECES = 4096
 class CudaPipeline:
     """Pinned and device buffers, a stream and a writing thread, reused for every shard.
 
-    Host memory: 2 slots x 2 buffers x `batch_nbytes`; device memory the same.
+    Host memory: 2 slots x `batch_nbytes`; device memory the same.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class CudaPipeline:
         _, header = shard.header()
         slots = cycle(self._slots)
         slot = next(slots)
-        for piece in cut(shard, header, self._batch_nbytes // 4):
+        for piece in cut(shard, header, self._batch_nbytes // 8):
             self._stop.check()
             if not slot.fits(piece):
                 slot.dispatch(self._writing, writer, findings)
@@ -117,24 +117,24 @@ class _Loaded(NamedTuple):
 
 
 class _Slot:
-    """One batch: pinned and device memory for what goes in and what comes out."""
+    """One batch: pinned and device memory, with input from the bottom up and output from the top down.
+
+    Whichever of the two is larger, the memory is used; an offset means the same place in both memories.
+    """
 
     def __init__(self, nbytes: int, device: str) -> None:
         import torch
 
-        self._host_in = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self._host_out = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self._device_in = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._device_out = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._nbytes = nbytes
+        self._host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._counts = torch.empty(_MAX_PIECES, dtype=torch.int32, pin_memory=True)
         self._ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._written: Future[None] | None = None
         self._reset()
 
     def fits(self, piece: Piece) -> bool:
         """Whether the piece can join: room in both buffers, and the formats of the batch."""
-        coded = self._coded()
-        same = piece.step.is_copy or not coded or _formats(coded[0].piece) == _formats(piece)
+        same = piece.step.is_copy or self._pair in (None, _formats(piece))
         return same and self._has_room(piece) and len(self._loaded) < _MAX_PIECES
 
     def load(self, piece: Piece, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -148,17 +148,20 @@ class _Slot:
         if not self._has_room(piece):
             raise torch.cuda.OutOfMemoryError("a stripe is larger than a batch")
         reads, writes = {}, {}
+        self._out_start -= _padded(write.spec for write in piece.writes.values())
+        place = self._out_start
         for part, write in piece.writes.items():
-            writes[part] = self._out_nbytes
-            self._out_nbytes += _padded([write.spec])
+            writes[part] = place
+            place += _padded([write.spec])
         for part, read in piece.reads.items():
             if piece.step.is_copy:
-                place = view(self._host_out, writes[part], read.spec)
+                reads[part] = writes[part]
             else:
-                reads[part] = self._in_nbytes
-                place = view(self._host_in, self._in_nbytes, read.spec)
-                self._in_nbytes += _padded([read.spec])
-            checkpoints[read.ref.origin].read_into(read.ref.name, read.start, as_bytes(place))
+                self._pair = _formats(piece)
+                reads[part] = self._in_end
+                self._in_end += _padded([read.spec])
+            target = as_bytes(view(self._host, reads[part], read.spec))
+            checkpoints[read.ref.origin].read_into(read.ref.name, read.start, target)
         self._loaded.append(_Loaded(piece, reads, writes))
 
     def dispatch(self, writing: ThreadPoolExecutor, writer: ShardWriter, findings: Findings) -> None:
@@ -167,12 +170,12 @@ class _Slot:
         if coded:
             source, target = coded[0].piece.step.source, coded[0].piece.step.target
             assert source is not None and target is not None
-            self._device_in[: self._in_nbytes].copy_(self._host_in[: self._in_nbytes], non_blocking=True)
-            items = [self._parts(self._device_in, loaded.reads, loaded.piece.reads) for loaded in coded]
-            outs = [self._parts(self._device_out, loaded.writes, loaded.piece.writes) for loaded in coded]
+            self._device[: self._in_end].copy_(self._host[: self._in_end], non_blocking=True)
+            items = [self._parts(self._device, loaded.reads, loaded.piece.reads) for loaded in coded]
+            outs = [self._parts(self._device, loaded.writes, loaded.piece.writes) for loaded in coded]
             counts = recode_into(source, target, items, outs)
             for start, end in self._coded_spans():
-                self._host_out[start:end].copy_(self._device_out[start:end], non_blocking=True)
+                self._host[start:end].copy_(self._device[start:end], non_blocking=True)
             self._counts[: len(coded)].copy_(counts, non_blocking=True)
         self._ready.record()
         self._written = writing.submit(self._drain, writer, findings)
@@ -194,35 +197,37 @@ class _Slot:
         counts = iter(self._counts[: len(self._coded())].tolist())
         for loaded in self._loaded:
             piece = loaded.piece
-            outs = self._parts(self._host_out, loaded.writes, piece.writes)
-            items = outs if piece.step.is_copy else self._parts(self._host_in, loaded.reads, piece.reads)
+            items = self._parts(self._host, loaded.reads, piece.reads)
+            outs = self._parts(self._host, loaded.writes, piece.writes)
             findings.note(piece, None if piece.step.is_copy else next(counts), items, outs)
             for part, write in piece.writes.items():
                 writer.write(write.offset, as_bytes(outs[part]))
 
     def _has_room(self, piece: Piece) -> bool:
-        in_nbytes = self._in_nbytes + _padded(read.spec for read in piece.reads.values())
-        out_nbytes = self._out_nbytes + _padded(write.spec for write in piece.writes.values())
-        return in_nbytes <= len(self._host_in) and out_nbytes <= len(self._host_out)
+        nbytes = _padded(write.spec for write in piece.writes.values())
+        if not piece.step.is_copy:
+            nbytes += _padded(read.spec for read in piece.reads.values())
+        return self._in_end + nbytes <= self._out_start
 
     def _reset(self) -> None:
-        self._in_nbytes = self._out_nbytes = 0
+        self._in_end, self._out_start = 0, self._nbytes
         self._loaded: list[_Loaded] = []
-        self._written = None
+        self._pair: tuple[object, object] | None = None
+        self._written: Future[None] | None = None
 
     def _coded(self) -> list[_Loaded]:
         return [loaded for loaded in self._loaded if not loaded.piece.step.is_copy]
 
     def _coded_spans(self) -> Iterator[tuple[int, int]]:
-        """Yields the stretches of the output buffer that come back, joined where they touch."""
-        begin = end = 0
+        """Yields the stretches of output that come back from the device, joined where they touch."""
+        begin = end = self._nbytes
         for loaded in self._coded():
             first = min(loaded.writes.values())
-            if first != end:
-                if end > begin:
-                    yield begin, end
-                begin = first
-            end = first + _padded(write.spec for write in loaded.piece.writes.values())
+            last = first + _padded(write.spec for write in loaded.piece.writes.values())
+            if last != begin:
+                yield begin, end
+                end = last
+            begin = first
         yield begin, end
 
     @staticmethod

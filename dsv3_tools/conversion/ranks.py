@@ -73,6 +73,9 @@ class Ranks:
             distributed.all_gather_object(
                 outcomes, (value, None if error is None else (type(error), str(error)))
             )
+            if any(failure is not None for _, failure in outcomes):
+                # torchrun ends all ranks as soon as one has failed: rank 0 must have spoken by then.
+                atexit.register(distributed.barrier)
             if error is not None:
                 raise error
             for rank, (_, failure) in enumerate(outcomes):
