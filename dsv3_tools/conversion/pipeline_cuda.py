@@ -130,6 +130,8 @@ class _Slot:
         self._device = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._counts = torch.empty(_MAX_PIECES, dtype=torch.int32, pin_memory=True)
         self._ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._written: Future[None] | None = None
+        self._pair: tuple[object, object] | None = None
         self._reset()
 
     def fits(self, piece: Piece) -> bool:
@@ -212,8 +214,8 @@ class _Slot:
     def _reset(self) -> None:
         self._in_end, self._out_start = 0, self._nbytes
         self._loaded: list[_Loaded] = []
-        self._pair: tuple[object, object] | None = None
-        self._written: Future[None] | None = None
+        self._pair = None
+        self._written = None
 
     def _coded(self) -> list[_Loaded]:
         return [loaded for loaded in self._loaded if not loaded.piece.step.is_copy]
