@@ -73,7 +73,7 @@ def _copy_pieces(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]
         # Elements of less than a byte are copied as bytes.
         dtype = spec.dtype if DTYPES[spec.dtype].bits % 8 == 0 else "U8"
         element = DTYPES[dtype].bits // 8
-        chunk = max(element, max_nbytes - max_nbytes % 4096)
+        chunk = max(1, max_nbytes // element) * element
         for start in range(0, spec.nbytes, chunk):
             flat = TensorSpec(dtype, (min(chunk, spec.nbytes - start) // element,))
             offset = header.offsets[step.outputs[part]] + start

@@ -62,9 +62,22 @@ def test_same_bytes_as_the_cpu(
 def test_out_of_memory_falls_back_to_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_cuda, "BATCH_NBYTES", (1 << 45, 4096))  # neither fits anything
-    dsv3_tools.convert_fp8_to_bf16(source, tmp_path / "gpu", device="cuda")
+    tried = []
+
+    class Slot(pipeline_cuda._Slot):
+        def __init__(self, nbytes: int, device: str) -> None:
+            tried.append(nbytes)
+            if nbytes == 1 << 30:  # what torch raises when pinned memory is refused
+                raise RuntimeError("CUDA error: out of memory")
+            super().__init__(nbytes, device)
+
+    monkeypatch.setattr(pipeline_cuda, "_Slot", Slot)
+    monkeypatch.setattr(
+        pipeline_cuda, "BATCH_NBYTES", (1 << 30, 4096)
+    )  # a stripe does not fit into the second
+    dsv3_tools.convert_fp8_to_bf16(source, tmp_path / "gpu", device="cuda", workers=1)
     dsv3_tools.convert_fp8_to_bf16(source, tmp_path / "cpu", device="cpu")
+    assert tried == [1 << 30, 4096, 4096]
     assert contents(tmp_path / "cpu") == contents(tmp_path / "gpu")
 
 
