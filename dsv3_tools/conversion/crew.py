@@ -8,7 +8,6 @@ from functools import partial
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.writer import ShardWriter
-from dsv3_tools.conversion.devices import default_workers
 from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
@@ -32,6 +31,7 @@ class Crew:
         options: RunOptions,
         ranks: Ranks,
         devices: Sequence[str],
+        workers: int,
     ) -> None:
         self._label = plan.digest[:16]
         self._checkpoints = checkpoints
@@ -40,12 +40,8 @@ class Crew:
         self._rank = ranks.rank
         self._devices = devices
         self._stop = options.stop or Stop()
-        self._cores_to_spare = False
+        self._num_workers = workers
         self._written: dict[str, JournalEntry] = {}
-
-    def workers(self, todo: Sequence[ShardPlan]) -> int:
-        """Returns how many workers `todo` gets."""
-        return max(1, min(self._options.workers or default_workers(self._devices), len(todo)))
 
     def work(self, todo: Sequence[ShardPlan]) -> dict[str, JournalEntry]:
         """Writes all of `todo`; returns their journal entries by name.
@@ -54,7 +50,6 @@ class Crew:
             Interrupted: a signal asked to stop.
             Dsv3Error: the first failure of a worker.
         """
-        self._cores_to_spare = len(os.sched_getaffinity(0)) >= 2 * self.workers(todo)
         nbytes = sum(
             spec.nbytes
             for shard in todo
@@ -62,7 +57,7 @@ class Crew:
             for spec in step.input_specs(step.shape).values()
         )
         meter = Meter(nbytes, len(todo), self._options.on_progress)
-        devices = [self._devices[number % len(self._devices)] for number in range(self.workers(todo))]
+        devices = [self._devices[number % len(self._devices)] for number in range(self._num_workers)]
         try:
             work_off(todo, [partial(self._hire, device, meter) for device in devices], self._stop)
         except Interrupted as error:
@@ -103,7 +98,7 @@ class Crew:
 
             for nbytes in BATCH_NBYTES:
                 yield CudaPipeline(self._checkpoints, self._stop, meter, device=device, batch_nbytes=nbytes)
-        yield CpuPipeline(self._checkpoints, self._stop, meter)
+        yield CpuPipeline(self._checkpoints, self._stop, meter, workers=self._num_workers)
 
     def _write(self, shard: ShardPlan, pipeline: Pipeline) -> None:
         findings = Findings(keep_nonfinite=self._options.nonfinite == "keep")
@@ -115,7 +110,7 @@ class Crew:
             label=self._label,
             header=encoded,
             nbytes=shard.nbytes,
-            hash_aside=self._cores_to_spare,
+            hash_aside=len(os.sched_getaffinity(0)) >= 2 * self._num_workers,
         ) as writer:
             pipeline.fill(shard, writer, findings)
             self._check_sources(shard)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError
 
-__all__ = ["default_workers", "host_nbytes_per_worker", "resolve_devices"]
+__all__ = ["count_workers", "host_nbytes_per_worker", "resolve_devices"]
 
 _MAX_CPU_WORKERS = 16
 _WORKERS_PER_GPU = 4
@@ -44,13 +44,15 @@ def resolve_devices(device: str, ranks: Ranks) -> list[str]:
     return [f"cuda:{number}" for number in chosen]
 
 
-def default_workers(devices: Sequence[str]) -> int:
-    """Returns how many shards are worked on at once: a core each, or a few for each GPU."""
+def count_workers(requested: int | None, devices: Sequence[str], num_shards: int) -> int:
+    """Returns how many shards are worked on at once: as requested, or a core each, or a few for each GPU."""
     cores = len(os.sched_getaffinity(0))
-    if list(devices) == ["cpu"]:
-        return min(cores, _MAX_CPU_WORKERS)
-    # A GPU worker keeps about two cores busy: one reads, one hashes and writes.
-    return max(len(devices), min(_WORKERS_PER_GPU * len(devices), cores // 2))
+    if requested is None and list(devices) == ["cpu"]:
+        requested = min(cores, _MAX_CPU_WORKERS)
+    elif requested is None:
+        # A GPU worker keeps about two cores busy: one reads, one hashes and writes.
+        requested = max(len(devices), min(_WORKERS_PER_GPU * len(devices), cores // 2))
+    return max(1, min(requested, num_shards))
 
 
 def host_nbytes_per_worker(devices: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ from dsv3_tools.conversion.destination import (
     survey,
     withdraw,
 )
-from dsv3_tools.conversion.devices import default_workers, host_nbytes_per_worker, resolve_devices
+from dsv3_tools.conversion.devices import count_workers, host_nbytes_per_worker, resolve_devices
 from dsv3_tools.conversion.finish import finish
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
@@ -102,7 +102,7 @@ def preview(
         _check_room(plan, Workspace(destination), state)
     except Dsv3Error as error:
         problem = error
-    workers = max(1, min(options.workers or default_workers(devices), len(missing)))
+    workers = count_workers(options.workers, devices, len(missing))
     return Preview(
         state=state,
         shards_to_write=len(missing),
@@ -144,8 +144,9 @@ def run(
         resumed = _together(ranks, start if ranks.is_first else _nothing)[0]
         if resumed is None:
             return _result(plan, destination, began, devices, read_manifest(destination), complete=True)
-        crew = Crew(plan, checkpoints, workspace, options, ranks, devices)
         todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
+        workers = count_workers(options.workers, devices, len(todo))
+        crew = Crew(plan, checkpoints, workspace, options, ranks, devices, workers)
         written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
         last = partial(finish, plan, checkpoints["source"], workspace, resumed | written)
         manifest = _together(ranks, last if ranks.is_first else _nothing)[0]
@@ -155,7 +156,7 @@ def run(
         began,
         devices,
         manifest or {},
-        workers=crew.workers(todo),
+        workers=workers,
         written=len(written),
         resumed=len(resumed),
     )
