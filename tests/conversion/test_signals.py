@@ -162,7 +162,7 @@ def starve(monkeypatch, times: int) -> type[Starving]:
 
     def pipelines(self, device, meter):
         for _ in range(times):
-            yield kind(self._checkpoints, self._stop, meter)
+            yield kind(self._checkpoints, self._stop, meter, workers=1)
         yield from usual(self, device, meter)
 
     monkeypatch.setattr(crew.Crew, "_pipelines", pipelines)
