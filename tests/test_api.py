@@ -32,7 +32,7 @@ COMMANDS: dict[str, click.Command] = {
 }
 ONLY_COMMANDS = {"as_json", "dry_run", "debug"}
 """How a command prints, and previews; a function returns and calls back instead."""
-ONLY_FUNCTIONS = {"on_plan", "on_progress", "stop", "overrides"}
+ONLY_FUNCTIONS = {"on_plan", "on_progress", "stop", "ranks", "overrides"}
 
 
 def keywords(function: Any) -> dict[str, python_inspect.Parameter]:

@@ -6,12 +6,14 @@ definitions in its `modeling_deepseek.py`; the indexer from DeepSeek-V3.2-Exp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from dsv3_tools.checkpoint.config import ModelConfig
 from dsv3_tools.checkpoint.specs import TensorSpec
 
-__all__ = ["dense_tensors"]
+__all__ = ["dense_tensors", "differences"]
+
+_MAX_LISTED = 5
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -25,6 +27,35 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         name: TensorSpec("F32" if name.endswith("e_score_correction_bias") else "BF16", shape)
         for name, shape in _model(config)
     }
+
+
+def differences(config: ModelConfig, specs: Mapping[str, TensorSpec], scale_suffix: str) -> Iterator[str]:
+    """Yields how a checkpoint's tensors differ from those that its `config.json` promises.
+
+    Names that end in `scale_suffix` and rotary caches (`inv_freq`, in some older files) do not count.
+    """
+    expected = dense_tensors(config)
+    found = {name for name in specs if not name.endswith((scale_suffix, ".inv_freq"))}
+    missing = sorted(expected.keys() - found)
+    mtp = tuple(f"model.layers.{layer}." for layer in config.mtp_layers)
+    if mtp and not any(name.startswith(mtp) for name in found):
+        yield (
+            f"config.json says num_nextn_predict_layers {len(mtp)}, but the MTP module's weights are missing"
+        )
+        missing = [name for name in missing if not name.startswith(mtp)]
+    if missing:
+        yield f"{len(missing)} of the model's tensors are missing: {_list(missing)}"
+    if unexpected := sorted(found - expected.keys()):
+        yield f"{len(unexpected)} tensors do not belong to the model: {_list(unexpected)}"
+    wrong = sorted(n for n in found & expected.keys() if specs[n].shape != expected[n].shape)
+    for name in wrong[:_MAX_LISTED]:
+        yield f"{name} is {specs[name]}, config.json makes it {list(expected[name].shape)}"
+    if len(wrong) > _MAX_LISTED:
+        yield f"{len(wrong) - _MAX_LISTED} more tensors have other shapes than config.json makes them"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
 
 
 def _model(config: ModelConfig) -> Shapes:

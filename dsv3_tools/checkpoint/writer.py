@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,14 +102,17 @@ class ShardWriter:
         if hashed is not None:
             hashed.result()
 
-    def commit(self) -> str:
-        """Checks the length, makes the file durable and visible; returns its SHA-256 in hexadecimal."""
+    def commit(self, *, check: Callable[[], None] = lambda: None) -> str:
+        """Checks the length, makes the file durable and visible; returns its SHA-256 in hexadecimal.
+
+        `check` is called while bytes are read back for the hash, and may raise to give up.
+        """
         if self._written != self._nbytes:
             raise DestinationError(
                 f"{self._final}: {self._written:,} bytes were written, expected {self._nbytes:,}"
             )
         with destination_errors(self._final, f"reading {self._nbytes:,} bytes back for their SHA-256"):
-            self._hash_rest()
+            self._hash_rest(check)
         with destination_errors(self._final, f"making {self._nbytes:,} bytes durable"):
             publish(self._descriptor, self._temporary, self._final)
         self._committed = True
@@ -122,9 +126,10 @@ class ShardWriter:
         self._hash.update(data)
         return None
 
-    def _hash_rest(self) -> None:
+    def _hash_rest(self, check: Callable[[], None]) -> None:
         buffer = memoryview(bytearray(min(_READ_BACK_BYTES, self._nbytes - self._hashed)))
         while self._hashed < self._nbytes:
+            check()
             count = os.preadv(self._descriptor, [buffer[: self._nbytes - self._hashed]], self._hashed)
             if count == 0:
                 raise OSError(None, f"the file ended at byte {self._hashed:,}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
-from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.cli.options import directory_argument, run_options
 from dsv3_tools.cli.run import execute
-from dsv3_tools.conversion.recode import LIKE, plan_bf16_to_fp8, plan_fp8_to_bf16
+from dsv3_tools.conversion.api import open_bf16_to_fp8, open_fp8_to_bf16
 
 __all__ = ["bf16_to_fp8", "fp8_to_bf16"]
 
@@ -31,6 +29,7 @@ def fp8_to_bf16(
     *,
     scale_semantics: str | None,
     max_shard_size: int | None,
+    partial: bool,
     **run: Any,
 ) -> None:
     """Rewrite an FP8 checkpoint as BF16.
@@ -43,9 +42,13 @@ def fp8_to_bf16(
     Example:
       dsv3 convert fp8-to-bf16 miniature/checkpoint /tmp/mini-bf16
     """
-    with Checkpoint(source) as checkpoint:
-        plan = plan_fp8_to_bf16(checkpoint, max_shard_size=max_shard_size, scale_semantics=scale_semantics)
-        execute(plan, {"source": checkpoint}, destination, **run)
+    with open_fp8_to_bf16(
+        source, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
+    ) as (
+        plan,
+        checkpoints,
+    ):
+        execute(plan, checkpoints, destination, **run)
 
 
 @click.command("bf16-to-fp8")
@@ -70,6 +73,7 @@ def bf16_to_fp8(
     scale_fmt: str | None,
     like: Path | None,
     max_shard_size: int | None,
+    partial: bool,
     **run: Any,
 ) -> None:
     """Rewrite a BF16 checkpoint in DeepSeek's FP8 layout.
@@ -81,9 +85,10 @@ def bf16_to_fp8(
     Example:
       dsv3 convert bf16-to-fp8 /tmp/mini-bf16 /tmp/mini-fp8 --like miniature/checkpoint
     """
-    with ExitStack() as opened:
-        checkpoint = opened.enter_context(Checkpoint(source))
-        original = None if like is None else opened.enter_context(Checkpoint(like))
-        plan = plan_bf16_to_fp8(checkpoint, scale_fmt=scale_fmt, like=original, max_shard_size=max_shard_size)
-        checkpoints = {"source": checkpoint} | ({LIKE: original} if original is not None else {})
+    with open_bf16_to_fp8(
+        source, scale_fmt=scale_fmt, like=like, max_shard_size=max_shard_size, partial=partial
+    ) as (
+        plan,
+        checkpoints,
+    ):
         execute(plan, checkpoints, destination, **run)

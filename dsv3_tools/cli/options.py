@@ -74,6 +74,11 @@ def run_options(function: F) -> F:
             help="Bytes of tensors in an output shard, such as 5GB.  [default: the source's shards]",
         ),
         click.option(
+            "--partial",
+            is_flag=True,
+            help="SOURCE is only a part of the model that its config.json describes.",
+        ),
+        click.option(
             "--nonfinite",
             type=click.Choice(["error", "keep"]),
             default="error",

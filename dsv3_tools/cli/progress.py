@@ -22,9 +22,11 @@ _BAR_SECONDS = 0.1
 
 
 @contextmanager
-def shown_progress(what: str) -> Iterator[Callable[[Progress], None]]:
-    """Yields the function that a run calls with its progress."""
-    if sys.stderr.isatty():
+def shown_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
+    """Yields the function that a run calls with its progress; `quiet` shows nothing."""
+    if quiet:
+        yield lambda _: None
+    elif sys.stderr.isatty():
         with _bar(what) as update:
             yield update
     else:

@@ -14,6 +14,8 @@ from dsv3_tools.cli.signals import stop_on_signals
 from dsv3_tools.conversion.executor import Preview, RunResult, preview, run
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.errors import DestinationError
 
 __all__ = ["execute"]
 
@@ -31,38 +33,37 @@ def execute(
     as_json: bool,
 ) -> None:
     """Carries out `plan`, or only shows it."""
-    options = RunOptions(device, workers, overwrite, nonfinite)
+    ranks = Ranks.join()
+    options = RunOptions(device, workers, overwrite, nonfinite, ranks=ranks)
+    found = preview(plan, checkpoints, destination, options)
+    if found.problem is not None and not (dry_run and isinstance(found.problem, DestinationError)):
+        raise found.problem
     if dry_run:
-        _dry_run(plan, checkpoints, destination, options, as_json=as_json)
+        _dry_run(plan, checkpoints["source"], destination, found, as_json=as_json)
         return
-    if not as_json:
+    if ranks.is_first and not as_json:
         _print_plan(plan, checkpoints["source"], destination)
-    with stop_on_signals() as stop, shown_progress(plan.operation) as update:
+    with stop_on_signals() as stop, shown_progress(plan.operation, quiet=not ranks.is_first) as update:
         result = run(
             plan,
             checkpoints,
             destination,
-            RunOptions(device, workers, overwrite, nonfinite, on_progress=update, stop=stop),
+            RunOptions(device, workers, overwrite, nonfinite, on_progress=update, stop=stop, ranks=ranks),
         )
+    if not ranks.is_first:
+        return
     if as_json:
         print_json(jsonable(result) | {"manifest": str(result.manifest)})
     else:
         _print_result(result)
 
 
-def _dry_run(
-    plan: Plan,
-    checkpoints: Mapping[str, Checkpoint],
-    destination: Path,
-    options: RunOptions,
-    *,
-    as_json: bool,
-) -> None:
-    found = preview(plan, checkpoints, destination, options)
+def _dry_run(plan: Plan, source: Checkpoint, destination: Path, found: Preview, *, as_json: bool) -> None:
+    """Shows the plan; fails as the run would, for want of room say."""
     if as_json and found.problem is None:
-        print_json(_plan_json(plan, checkpoints["source"], destination, found))
+        print_json(_plan_json(plan, source, destination, found))
     elif not as_json:
-        _print_plan(plan, checkpoints["source"], destination)
+        _print_plan(plan, source, destination)
         _print_preview(plan, found)
     if found.problem is not None:
         raise found.problem
@@ -136,7 +137,10 @@ def _print_preview(plan: Plan, found: Preview) -> None:
 
 def _print_result(result: RunResult) -> None:
     if result.already_complete:
-        print_line(f"already complete: {result.destination} holds this result, nothing was written")
+        print_line(
+            f"already complete: {result.destination} holds this result by its manifest and sizes; nothing "
+            f"was written. To check its bytes: dsv3 verify integrity {result.destination}"
+        )
         _print_nonfinite(result)
         return
     kept = f", {result.shards_resumed} were there already" if result.shards_resumed else ""
@@ -146,8 +150,8 @@ def _print_result(result: RunResult) -> None:
     )
     if result.blocks_compared:
         print_line(
-            f"{result.blocks_kept:,} of {result.blocks_compared:,} blocks did not change and have their "
-            "original bytes"
+            f"{result.blocks_kept:,} of {result.blocks_compared:,} blocks have the scale of the original; "
+            "those that did not change have its bytes"
         )
     _print_nonfinite(result)
     print_line(

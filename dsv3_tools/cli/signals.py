@@ -28,7 +28,9 @@ def stop_on_signals() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.set(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in _SIGNALS}
+    # What is ignored stays ignored: nohup does that with HUP, a shell with INT for background jobs.
+    wanted = [signum for signum in _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, handle) for signum in wanted}
     try:
         yield stop
     except Interrupted:

@@ -1,22 +1,24 @@
-"""The conversions as functions; the commands of the same names are thin wrappers around them."""
+"""The conversions as functions, and the plans that they and the commands of the same names carry out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.executor import RunResult, run
 from dsv3_tools.conversion.options import RunOptions
-from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.progress import Progress, Stop
+from dsv3_tools.conversion.ranks import ALONE, Ranks
 from dsv3_tools.conversion.recode import LIKE, plan_bf16_to_fp8, plan_fp8_to_bf16
 
-__all__ = ["convert_bf16_to_fp8", "convert_fp8_to_bf16"]
+__all__ = ["convert_bf16_to_fp8", "convert_fp8_to_bf16", "open_bf16_to_fp8", "open_fp8_to_bf16"]
 
 PathLike = str | os.PathLike[str]
+Opened = tuple[Plan, dict[str, Checkpoint]]
 
 
 def convert_fp8_to_bf16(
@@ -27,11 +29,13 @@ def convert_fp8_to_bf16(
     workers: int | None = None,
     max_shard_size: int | None = None,
     scale_semantics: str | None = None,
+    partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Rewrites an FP8 checkpoint as BF16, or goes on where an interrupted run stopped.
 
@@ -47,21 +51,28 @@ def convert_fp8_to_bf16(
         workers: shards worked on at once.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
         scale_semantics: "multiply" or "inverse", against what `config.json` says.
+        partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" counts them in the manifest.
         overwrite: replace whatever checkpoint is at `destination`.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
+        ranks: `Ranks.join()` shares the run with the other processes that torchrun started; every one of
+            them must make the same call.
 
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop)
-    with Checkpoint(source) as checkpoint:
-        plan = plan_fp8_to_bf16(checkpoint, max_shard_size=max_shard_size, scale_semantics=scale_semantics)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    with open_fp8_to_bf16(
+        source, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
+    ) as (
+        plan,
+        checkpoints,
+    ):
         if on_plan is not None:
             on_plan(plan)
-        return run(plan, {"source": checkpoint}, Path(destination), options)
+        return run(plan, checkpoints, Path(destination), options)
 
 
 def convert_bf16_to_fp8(
@@ -73,11 +84,13 @@ def convert_bf16_to_fp8(
     device: str = "auto",
     workers: int | None = None,
     max_shard_size: int | None = None,
+    partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Rewrites a BF16 checkpoint in DeepSeek's FP8 layout, or goes on where a run stopped.
 
@@ -90,21 +103,70 @@ def convert_bf16_to_fp8(
         device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
         workers: shards worked on at once.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
+        partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" writes NaN codes and counts them.
         overwrite: replace whatever checkpoint is at `destination`.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
+        ranks: `Ranks.join()` shares the run with the other processes that torchrun started; every one of
+            them must make the same call.
 
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    with open_bf16_to_fp8(
+        source, scale_fmt=scale_fmt, like=like, max_shard_size=max_shard_size, partial=partial
+    ) as (
+        plan,
+        checkpoints,
+    ):
+        if on_plan is not None:
+            on_plan(plan)
+        return run(plan, checkpoints, Path(destination), options)
+
+
+@contextmanager
+def open_fp8_to_bf16(
+    source: PathLike,
+    *,
+    max_shard_size: int | None = None,
+    scale_semantics: str | None = None,
+    partial: bool = False,
+) -> Iterator[Opened]:
+    """Opens what `convert_fp8_to_bf16` reads and plans it, for a look before a run or without one.
+
+    Example:
+        >>> with open_fp8_to_bf16("miniature/checkpoint") as (plan, _):
+        ...     print(plan.payload_nbytes)
+        25054528
+    """
+    with Checkpoint(source) as checkpoint:
+        plan = plan_fp8_to_bf16(
+            checkpoint, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
+        )
+        yield plan, {SOURCE: checkpoint}
+
+
+@contextmanager
+def open_bf16_to_fp8(
+    source: PathLike,
+    *,
+    scale_fmt: str | None = None,
+    like: PathLike | None = None,
+    max_shard_size: int | None = None,
+    partial: bool = False,
+) -> Iterator[Opened]:
+    """Opens what `convert_bf16_to_fp8` reads, and plans it; see `open_fp8_to_bf16`."""
     with ExitStack() as opened:
         checkpoint = opened.enter_context(Checkpoint(source))
         original = None if like is None else opened.enter_context(Checkpoint(like))
-        plan = plan_bf16_to_fp8(checkpoint, scale_fmt=scale_fmt, like=original, max_shard_size=max_shard_size)
-        if on_plan is not None:
-            on_plan(plan)
-        checkpoints = {"source": checkpoint} | ({LIKE: original} if original is not None else {})
-        return run(plan, checkpoints, Path(destination), options)
+        plan = plan_bf16_to_fp8(
+            checkpoint,
+            scale_fmt=scale_fmt,
+            like=original,
+            max_shard_size=max_shard_size,
+            partial=partial,
+        )
+        yield plan, {SOURCE: checkpoint} | ({LIKE: original} if original is not None else {})

@@ -37,9 +37,10 @@ class Crew:
         self._checkpoints = checkpoints
         self._workspace = workspace
         self._options = options
-        self._rank = ranks.rank
+        self._ranks = ranks
         self._devices = devices
-        self._stop = options.stop or Stop()
+        self._stop = Stop(options.stop)
+        self._pipelines_made: list[Pipeline] = []
         self._num_workers = workers
         self._written: dict[str, JournalEntry] = {}
 
@@ -58,20 +59,33 @@ class Crew:
         )
         meter = Meter(nbytes, len(todo), self._options.on_progress)
         devices = [self._devices[number % len(self._devices)] for number in range(self._num_workers)]
+        shared = self._ranks.world_size > 1
         try:
-            work_off(todo, [partial(self._hire, device, meter) for device in devices], self._stop)
+            work_off(
+                todo,
+                [partial(self._hire, device, meter) for device in devices],
+                self._stop,
+                given_up=self._workspace.has_failed if shared else lambda: False,
+            )
         except Interrupted as error:
             raise Interrupted(
                 error.signum,
                 f"{self._workspace.destination}: stopped; {len(self._written)} shards finished in this run "
                 "are kept, the same command goes on from there",
             ) from None
+        except BaseException:
+            if shared:
+                self._workspace.announce_failure()
+            raise
+        finally:
+            for pipeline in self._pipelines_made:
+                pipeline.close()
         return self._written
 
     def _hire(self, device: str, meter: Meter) -> Callable[[ShardPlan], None]:
         """Returns a worker: a function that does one shard, on smaller slices when memory runs out."""
         candidates = self._pipelines(device, meter)
-        pipeline = next(candidates)
+        pipeline = self._take(candidates)
 
         def do(shard: ShardPlan) -> None:
             nonlocal pipeline
@@ -83,10 +97,16 @@ class Crew:
                     break
                 except torch.cuda.OutOfMemoryError:
                     pipeline.close()
-                    pipeline = next(candidates)
+                    self._pipelines_made.remove(pipeline)
+                    pipeline = self._take(candidates)
             meter.add(0, shards=1)
 
         return do
+
+    def _take(self, candidates: Iterator[Pipeline]) -> Pipeline:
+        pipeline = next(candidates)
+        self._pipelines_made.append(pipeline)
+        return pipeline
 
     def _pipelines(self, device: str, meter: Meter) -> Iterator[Pipeline]:
         """Yields pipelines in the order in which they are tried; all give the same bytes."""
@@ -114,7 +134,7 @@ class Crew:
         ) as writer:
             pipeline.fill(shard, writer, findings)
             self._check_sources(shard)
-            sha256 = writer.commit()
+            sha256 = writer.commit(check=self._stop.check)
         status = final.stat()
         entry = JournalEntry(
             shard=shard.name,
@@ -126,7 +146,7 @@ class Crew:
             blocks=findings.blocks,
             blocks_kept=findings.blocks_kept,
         )
-        self._workspace.append_journal(entry, self._rank)
+        self._workspace.append_journal(entry, self._ranks.rank)
         self._written[shard.name] = entry
 
     def _check_sources(self, shard: ShardPlan) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dsv3_tools.checkpoint.durable import destination_errors
-from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
 from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file
 from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError, DestinationError
 
@@ -37,8 +40,10 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
         DestinationError: something that is not this plan's and may not be overwritten.
     """
     with destination_errors(destination, "reading the directory"):
-        if destination.exists() and not destination.is_dir():
-            raise DestinationError(f"{destination}: is a file, expected a directory or nothing")
+        if os.path.lexists(destination) and not destination.is_dir():
+            raise DestinationError(
+                f"{destination}: is a file or a link to nothing, expected a directory or nothing"
+            )
         others = set(os.listdir(destination)) - {WORK_FOLDER} if destination.exists() else set()
     workspace = Workspace(destination)
     if workspace.has_plan():
@@ -54,6 +59,7 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
     if problem is None:
         return State.RESUME
     if overwrite:
+        _refuse_to_remove(destination)
         return State.FRESH
     raise DestinationError(f"{destination}: {problem}; choose another directory, or --overwrite it")
 
@@ -61,8 +67,8 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
 def clear(destination: Path) -> None:
     """Removes a checkpoint that is to be overwritten: the index first, so that half of it is none.
 
-    Removes shards, index, manifest and what the manifest lists (an old tokenizer must not stay beside new
-    weights); other files are left.
+    Removes index, manifest, `model*.safetensors` and what index and manifest list (an old tokenizer must not
+    stay beside new weights); other files are left.
     """
     with destination_errors(destination, "removing what was there"):
         for path in _replaceable(destination):
@@ -85,24 +91,31 @@ def replaceable_nbytes(destination: Path) -> int:
     return sum(path.lstat().st_size for path in _replaceable(destination))
 
 
-def finished_shards(plan: Plan, workspace: Workspace, *, keep_nonfinite: bool) -> dict[str, JournalEntry]:
+def finished_shards(
+    plan: Plan, workspace: Workspace, *, keep_nonfinite: bool, stop: Stop
+) -> dict[str, JournalEntry]:
     """Returns the shards of `plan` that an earlier run finished and that are still what it wrote.
 
     A file whose size and times are those of its journal line is believed; any other is hashed. One
     that has changed is not in the result and will be written again.
+
+    Raises:
+        Interrupted: somebody has asked `stop`.
     """
-    done = {}
     journal = workspace.read_journal()
-    for shard in plan.shards:
-        entry = journal.get(shard.name)
-        if entry is None or entry.nbytes != shard.nbytes or (entry.nonfinite and not keep_nonfinite):
-            continue
-        if _is_intact(workspace.destination, entry):
-            done[shard.name] = entry
-    return done
+    claimed = [
+        entry
+        for shard in plan.shards
+        if (entry := journal.get(shard.name)) is not None
+        and entry.nbytes == shard.nbytes
+        and (keep_nonfinite or not entry.nonfinite)
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        intact = pool.map(lambda entry: _is_intact(workspace.destination, entry, stop), claimed)
+        return {entry.shard: entry for entry, good in zip(claimed, intact, strict=True) if good}
 
 
-def _is_intact(destination: Path, entry: JournalEntry) -> bool:
+def _is_intact(destination: Path, entry: JournalEntry, stop: Stop) -> bool:
     path = destination / entry.shard
     if path.is_symlink() or not path.is_file():
         return False
@@ -114,6 +127,7 @@ def _is_intact(destination: Path, entry: JournalEntry) -> bool:
     digest = hashlib.sha256()
     with destination_errors(path, "reading it again"), path.open("rb") as file:
         while block := file.read(_HASH_BYTES):
+            stop.check()
             digest.update(block)
     return digest.hexdigest() == entry.sha256
 
@@ -147,13 +161,30 @@ def _foreign_shard(plan: Plan, names: set[str]) -> str | None:
 
 
 def _replaceable(destination: Path) -> Iterator[Path]:
+    """Yields the files of the checkpoint that lies at `destination`, its index first."""
     if not destination.is_dir():
         return
-    try:
-        listed = [name for name in read_manifest(destination)["files"] if Path(name).name == name]
-    except CheckpointError:
-        listed = []
-    shards = sorted(path.name for path in destination.glob("*.safetensors"))
+    listed: list[str] = []
+    with suppress(CheckpointError):
+        listed += read_manifest(destination)["files"]
+    with suppress(CheckpointError):
+        index = read_small_file(destination, INDEX_NAME, MAX_INDEX_BYTES)
+        listed += parse_index(index, INDEX_NAME).values()
+    shards = sorted(path.name for path in destination.glob("model*.safetensors"))
     for name in dict.fromkeys([INDEX_NAME, MANIFEST_NAME, *listed, *shards]):
-        if os.path.lexists(destination / name):
+        if Path(name).name == name and os.path.lexists(destination / name):
             yield destination / name
+
+
+def _refuse_to_remove(destination: Path) -> None:
+    """Refuses to overwrite a directory with weights that are no part of the checkpoint there.
+
+    Raises:
+        DestinationError: naming one of them.
+    """
+    ours = {path.name for path in _replaceable(destination)}
+    for path in sorted(destination.glob("*.safetensors")):
+        if path.name not in ours:
+            raise DestinationError(
+                f"{path}: is no part of the checkpoint that would be overwritten; move it elsewhere first"
+            )

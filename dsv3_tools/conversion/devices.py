@@ -44,9 +44,9 @@ def resolve_devices(device: str, ranks: Ranks) -> list[str]:
     return [f"cuda:{number}" for number in chosen]
 
 
-def count_workers(requested: int | None, devices: Sequence[str], num_shards: int) -> int:
+def count_workers(requested: int | None, devices: Sequence[str], num_shards: int, ranks: Ranks) -> int:
     """Returns how many shards are worked on at once: as requested, or a core each, or a few for each GPU."""
-    cores = len(os.sched_getaffinity(0))
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks.processes_here)
     if requested is None and list(devices) == ["cpu"]:
         requested = min(cores, _MAX_CPU_WORKERS)
     elif requested is None:

@@ -31,9 +31,10 @@ from dsv3_tools.conversion.finish import finish
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
 from dsv3_tools.conversion.preflight import check_places, check_room, check_scales, free_nbytes
+from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
-from dsv3_tools.errors import Dsv3Error, UsageError
+from dsv3_tools.errors import CheckpointError, Dsv3Error
 
 __all__ = ["Preview", "RunResult", "preview", "run"]
 
@@ -46,7 +47,8 @@ class RunResult:
 
     `seconds` is the time from the first check to the last rename; `nonfinite` counts elements that
     are NaN or infinite by tensor, when they were kept; `blocks_compared` and `blocks_kept` count the
-    blocks that had scales of an earlier quantization, and those that kept them. These are of the whole
+    blocks that were compared with an earlier quantization, and those that have its scale (a changed
+    block may come to the same scale, with powers of two often). These are of the whole
     result, whichever run wrote it.
     """
 
@@ -92,17 +94,16 @@ def preview(
     plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions
 ) -> Preview:
     """Returns what `run` would do, having looked at everything but the data, and written nothing."""
-    ranks = Ranks()
     problem, state, missing, devices = None, State.FRESH, plan.shards, ["cpu"]
     try:
-        devices = resolve_devices(options.device, ranks)
+        devices = resolve_devices(options.device, options.ranks)
         check_places(checkpoints, destination)
         state = survey(plan, destination, overwrite=options.overwrite)
         missing = _missing(plan, Workspace(destination), state)
         _check_room(plan, Workspace(destination), state)
     except Dsv3Error as error:
         problem = error
-    workers = count_workers(options.workers, devices, len(missing))
+    workers = count_workers(options.workers, devices, len(missing), options.ranks)
     return Preview(
         state=state,
         shards_to_write=len(missing),
@@ -133,19 +134,18 @@ def run(
         Interrupted: a signal; everything finished is kept.
     """
     options = options or RunOptions()
-    if options.nonfinite not in ("error", "keep"):
-        raise UsageError(f"nonfinite: got {options.nonfinite!r}, expected 'error' or 'keep'")
     began = time.monotonic()
-    ranks = Ranks.join()
-    devices = resolve_devices(options.device, ranks)
+    ranks = options.ranks
     workspace = Workspace(destination)
     with ExitStack() as held:
+        _check_same_plan(ranks, plan)
+        devices = _together(ranks, lambda: resolve_devices(options.device, ranks))[ranks.rank]
         start = partial(_start, plan, checkpoints, workspace, options, held)
         resumed = _together(ranks, start if ranks.is_first else _nothing)[0]
         if resumed is None:
             return _result(plan, destination, began, devices, read_manifest(destination), complete=True)
         todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
-        workers = count_workers(options.workers, devices, len(todo))
+        workers = count_workers(options.workers, devices, len(todo), ranks)
         crew = Crew(plan, checkpoints, workspace, options, ranks, devices, workers)
         written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
         last = partial(finish, plan, checkpoints["source"], workspace, resumed | written)
@@ -162,6 +162,19 @@ def run(
     )
 
 
+def _check_same_plan(ranks: Ranks, plan: Plan) -> None:
+    """Refuses ranks that see different sources: their shards would be mixed.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    if len(set(ranks.agree(plan.digest))) > 1:
+        raise CheckpointError(
+            "the ranks' plans differ: every rank must be given the same options and the same source files "
+            "(with the same times), best on a shared filesystem"
+        )
+
+
 def _start(
     plan: Plan,
     checkpoints: Mapping[str, Checkpoint],
@@ -173,17 +186,22 @@ def _start(
 
     Returns None when the whole result is there already.
     """
-    destination = workspace.destination
+    destination, stop = workspace.destination, options.stop or Stop()
     check_places(checkpoints, destination)
+    workspace.check_folder()
+    if workspace.folder.exists():  # whoever works here is named at once
+        held.enter_context(workspace.locked())
     state = survey(plan, destination, overwrite=options.overwrite)
     # A run killed while it removed its working folder leaves the result and part of that folder.
     if state is State.COMPLETE and not workspace.folder.exists():
         return None
     _check_room(plan, workspace, state)
-    check_scales(plan, _missing(plan, workspace, state), checkpoints, nonfinite=options.nonfinite)
-    held.enter_context(workspace.locked())
-    # Another run may have come and gone since the first look.
-    state = survey(plan, destination, overwrite=options.overwrite)
+    missing = _missing(plan, workspace, state)
+    check_scales(missing, checkpoints, nonfinite=options.nonfinite, stop=stop)
+    if not workspace.folder.exists():
+        held.enter_context(workspace.locked())
+        # Another run may have come and gone since the first look.
+        state = survey(plan, destination, overwrite=options.overwrite)
     if state is State.COMPLETE:
         workspace.remove()
         return None
@@ -191,7 +209,8 @@ def _start(
         clear(destination)
         workspace.record_plan(plan)
     workspace.remove_temporaries()
-    done = finished_shards(plan, workspace, keep_nonfinite=options.nonfinite == "keep")
+    workspace.forget_failure()
+    done = finished_shards(plan, workspace, keep_nonfinite=options.nonfinite == "keep", stop=stop)
     if len(done) < len(plan.shards):
         withdraw(destination)
     return done
@@ -222,8 +241,9 @@ def _together(ranks: Ranks, act: Callable[[], T]) -> list[T]:
     """Lets every rank act, then returns what each has to say, or fails on all if one has failed."""
     try:
         value = act()
-    except Dsv3Error as error:
-        ranks.agree(error=error)
+    except BaseException as error:
+        known = error if isinstance(error, Dsv3Error) else Dsv3Error(f"{type(error).__name__}: {error}")
+        ranks.agree(error=known)
         raise
     return ranks.agree(value)
 

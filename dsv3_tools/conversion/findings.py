@@ -10,7 +10,7 @@ from dsv3_tools.checkpoint.dtypes import FLOAT_DTYPES
 from dsv3_tools.conversion.buffers import as_array
 from dsv3_tools.conversion.pieces import Piece
 from dsv3_tools.errors import CheckpointError
-from dsv3_tools.formats.fp8_block import LIKE_PART
+from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ class Findings:
     Attributes:
         nonfinite: how many elements of each source tensor are NaN or infinite.
         blocks: blocks of weights that were compared with an earlier quantization.
-        blocks_kept: those of them that have the earlier scale.
+        blocks_kept: those of them that have the earlier scale; a changed block may come to the same one.
     """
 
     def __init__(self, *, keep_nonfinite: bool) -> None:
@@ -54,7 +54,7 @@ class Findings:
             self._judge(piece, nonfinite, items, outs)
         if LIKE_PART in items:
             self.blocks += items[LIKE_PART].numel()
-            self.blocks_kept += int((items[LIKE_PART] == outs["weight_scale_inv"]).sum())
+            self.blocks_kept += int((items[LIKE_PART] == outs[SCALE_PART]).sum())
 
     def _judge(
         self, piece: Piece, count: int, items: Mapping[str, Tensor], outs: Mapping[str, Tensor]

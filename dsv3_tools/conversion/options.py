@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv3_tools.conversion.progress import Progress, Stop
+from dsv3_tools.conversion.ranks import ALONE, Ranks
+from dsv3_tools.errors import UsageError
 
 __all__ = ["RunOptions"]
 
@@ -21,6 +23,7 @@ class RunOptions:
         nonfinite: "error" refuses NaN and infinity, "keep" counts them in the manifest.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
+        ranks: the processes that share the run; alone unless the caller has joined others.
     """
 
     device: str = "auto"
@@ -29,3 +32,10 @@ class RunOptions:
     nonfinite: str = "error"
     on_progress: Callable[[Progress], None] | None = None
     stop: Stop | None = None
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        if self.nonfinite not in ("error", "keep"):
+            raise UsageError(f"nonfinite: got {self.nonfinite!r}, expected 'error' or 'keep'")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers: got {self.workers}, expected at least 1")

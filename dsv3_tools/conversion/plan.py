@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,7 +21,7 @@ from dsv3_tools.checkpoint.index import encode_index
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import FormatError, PlanError
 from dsv3_tools.formats import Format
-from dsv3_tools.formats.fp8_block import LIKE_PART
+from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
 
 __all__ = ["PLAN_VERSION", "Change", "Plan", "ShardPlan", "SourceFile", "Step", "TensorRef", "check_steps"]
 
@@ -70,7 +70,7 @@ class Step:
             return {"weight": TensorSpec(self.dtype, shape)}
         specs = self.source.parts(shape)
         if LIKE_PART in self.inputs:
-            specs[LIKE_PART] = self.target.parts(shape)["weight_scale_inv"]
+            specs[LIKE_PART] = self.target.parts(shape)[SCALE_PART]
         return specs
 
     def output_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
@@ -124,7 +124,7 @@ class SourceFile:
     mtime_ns: int
     ctime_ns: int
     sha256: str
-    """Of a shard's header, or of a small file's whole content."""
+    """Of a shard's header, or of a small file's whole content; then its times are 0, for they do not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,6 @@ class Plan:
         side_files: files copied unchanged.
         left_behind: names in the source directory that are not copied.
         source_files: what the run reads.
-        notes: what a user should know before it starts.
     """
 
     operation: str
@@ -163,7 +162,6 @@ class Plan:
     left_behind: tuple[str, ...]
     source_files: tuple[SourceFile, ...]
     nbytes_in: int
-    notes: tuple[str, ...] = field(default=())
 
     @cached_property
     def digest(self) -> str:
@@ -232,6 +230,7 @@ def check_steps(
     *,
     dropped: Mapping[str, str],
     refused: Mapping[str, str],
+    others: Sequence[str] = (),
 ) -> None:
     """Refuses steps that do not account for every source tensor exactly once, or ask for the impossible.
 
@@ -241,11 +240,12 @@ def check_steps(
         steps: the steps of the plan.
         dropped: source tensors that are left out on purpose, with the reason.
         refused: source tensors that the planner could not place, with what is wrong with them.
+        others: problems that are already known.
 
     Raises:
         PlanError: with every problem found.
     """
-    problems = [f"{name} {reason}" for name, reason in refused.items()]
+    problems = [*others, *(f"{name} {reason}" for name, reason in refused.items())]
     uses = Counter(ref for step in steps for ref in step.inputs.values())
     uses.update(TensorRef(name) for name in dropped)
     for ref, count in uses.items():

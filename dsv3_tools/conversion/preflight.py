@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_tools.checkpoint.reader import Checkpoint
-from dsv3_tools.conversion.plan import Plan, ShardPlan, Step, TensorRef
+from dsv3_tools.conversion.plan import ShardPlan, Step, TensorRef
+from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import CheckpointError, DestinationError, UsageError, join_problems
 from dsv3_tools.formats import FP8Block
-from dsv3_tools.formats.fp8_block import LIKE_PART
+from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
 
 __all__ = ["check_places", "check_room", "check_scales", "free_nbytes"]
 
@@ -57,8 +58,8 @@ def check_room(destination: Path, nbytes: int) -> None:
     free = free_nbytes(destination)
     if free < nbytes:
         raise DestinationError(
-            f"{destination}: {free:,} bytes are free, the run needs {nbytes:,} "
-            f"({(nbytes - free) / 1e9:.1f} GB more); free some space or choose another disk"
+            f"{destination}: {free:,} bytes are free, the run needs {nbytes:,}, {nbytes - free:,} more; "
+            "free some space or choose another disk"
         )
 
 
@@ -71,37 +72,40 @@ def free_nbytes(destination: Path) -> int:
 
 
 def check_scales(
-    plan: Plan, shards: Sequence[ShardPlan], checkpoints: Mapping[str, Checkpoint], *, nonfinite: str
+    shards: Sequence[ShardPlan],
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    nonfinite: str,
+    stop: Stop,
 ) -> None:
     """Reads every scale that `shards` need and refuses those that cannot be right.
 
-    A scale must be finite and positive (with `nonfinite` "keep" this is let pass), and, unless the
-    user has said how scales are meant, of a plausible magnitude: reciprocals under the same name
-    would give weights that are wrong by a factor of millions.
+    A scale must be finite and positive (with `nonfinite` "keep" this is let pass) and of a plausible
+    magnitude: reciprocals under the same name would give weights that are wrong by a factor of millions.
 
     Raises:
         CheckpointError: every tensor that is refused, in one message.
+        Interrupted: somebody has asked `stop`.
     """
     steps = [step for shard in shards for step in shard.steps if not step.is_copy]
     tasks = [
-        (step, ref)
-        for step in steps
-        for part, ref in step.inputs.items()
-        if part in ("weight_scale_inv", LIKE_PART)
+        (step, ref) for step in steps for part, ref in step.inputs.items() if part in (SCALE_PART, LIKE_PART)
     ]
     keep = nonfinite == "keep"
-    judge_magnitude = not plan.options.get("scale_semantics_given", False)
+
+    def judge(task: tuple[Step, TensorRef]) -> str | None:
+        stop.check()
+        return _scale_problem(*task, checkpoints, keep)
+
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(
-            lambda task: _scale_problem(task[0], task[1], checkpoints, keep, judge_magnitude), tasks
-        )
+        found = pool.map(judge, tasks)
         problems = [problem for problem in found if problem is not None]
     if problems:
         raise CheckpointError(f"{checkpoints['source'].directory}: {join_problems(problems)}")
 
 
 def _scale_problem(
-    step: Step, ref: TensorRef, checkpoints: Mapping[str, Checkpoint], keep: bool, judge_magnitude: bool
+    step: Step, ref: TensorRef, checkpoints: Mapping[str, Checkpoint], keep: bool
 ) -> str | None:
     checkpoint = checkpoints[ref.origin]
     scale = np.frombuffer(checkpoint.read_bytes(ref.name), dtype="<f4")
@@ -117,7 +121,7 @@ def _scale_problem(
     inverse = isinstance(step.source, FP8Block) and step.source.inverse_scales
     with np.errstate(over="ignore"):
         median = float(np.median(1 / good if inverse else good)) if good.size else 0.0
-    if judge_magnitude and median > LARGEST_PLAUSIBLE_MEDIAN_SCALE:
+    if median > LARGEST_PLAUSIBLE_MEDIAN_SCALE:
         question = "are its scales multipliers" if inverse else "are its scales reciprocals"
         remedy = "" if ref.origin == "like" else " --scale-semantics says how to read them"
         return (

@@ -41,24 +41,34 @@ class Meter:
 
 
 class Stop:
-    """A request to stop, set from a signal handler or by the first worker that fails."""
+    """A request to stop, set from a signal handler or by the first worker that fails.
 
-    def __init__(self) -> None:
+    Args:
+        parent: another request that counts as this one; setting this one leaves it alone.
+    """
+
+    def __init__(self, parent: Stop | None = None) -> None:
         self._event = threading.Event()
-        self.signum: int | None = None
+        self._parent = parent
+        self._signum: int | None = None
 
     def set(self, signum: int | None = None) -> None:
         """Asks every worker to stop at its next piece; `signum` says which signal asked."""
         if signum is not None:
-            self.signum = signum
+            self._signum = signum
         self._event.set()
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that asked, if one did."""
+        return self._parent.signum if self._signum is None and self._parent is not None else self._signum
 
     @property
     def is_set(self) -> bool:
         """Whether somebody has asked."""
-        return self._event.is_set()
+        return self._event.is_set() or (self._parent is not None and self._parent.is_set)
 
     def check(self) -> None:
         """Raises `Interrupted` when somebody has asked."""
-        if self._event.is_set():
+        if self.is_set:
             raise Interrupted(self.signum or 2, "stopped")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from dsv3_tools.errors import Dsv3Error
+from dsv3_tools.errors import Dsv3Error, UsageError
 
-__all__ = ["Ranks"]
+__all__ = ["ALONE", "Ranks"]
 
 T = TypeVar("T")
 
@@ -32,13 +32,16 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """Joins the process group that torchrun's environment describes, if there is one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        """Joins the processes that torchrun has started with this one, if it has."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from torch import distributed
 
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=_PATIENCE)
+            try:
+                distributed.init_process_group("gloo", timeout=_PATIENCE)
+            except (ValueError, RuntimeError) as error:
+                raise UsageError(f"torchrun's processes cannot meet: {error}") from error
             # Gloo's threads abort a process that ends before its group: "terminate called", exit code 134.
             atexit.register(_leave)
         return cls(distributed.get_rank(), distributed.get_world_size())
@@ -57,31 +60,37 @@ class Ranks:
         """Returns this rank's part of `items`."""
         return list(items[self.rank :: self.world_size])
 
+    @property
+    def processes_here(self) -> int:
+        """How many of the processes are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world_size > 1 else 1
+
     def agree(self, value: Any = None, error: Dsv3Error | None = None) -> list[Any]:
-        """Waits for all ranks and returns the value of each.
+        """Waits for all ranks and returns the value of each; nothing if this rank brings an `error`.
 
         Raises:
-            Dsv3Error: this rank's error, or else the first one of another rank.
+            Dsv3Error: the first error of another rank.
         """
-        if error is not None and self.world_size == 1:
-            raise error
-        outcomes: list[Any] = [(value, error)]
-        if self.world_size > 1:
-            from torch import distributed
+        if self.world_size == 1:
+            return [] if error is not None else [value]
+        from torch import distributed
 
-            outcomes = [None] * self.world_size
-            distributed.all_gather_object(
-                outcomes, (value, None if error is None else (type(error), str(error)))
-            )
-            if any(failure is not None for _, failure in outcomes):
-                # torchrun ends all ranks as soon as one has failed: rank 0 must have spoken by then.
-                atexit.register(distributed.barrier)
-            if error is not None:
-                raise error
-            for rank, (_, failure) in enumerate(outcomes):
-                if failure is not None:
-                    raise _same_kind(failure[0], f"rank {rank}: {failure[1]}")
+        outcomes: list[Any] = [None] * self.world_size
+        failure = None if error is None else (error.exit_code, str(error))
+        distributed.all_gather_object(outcomes, (value, failure))
+        failures = [(rank, *failed) for rank, (_, failed) in enumerate(outcomes) if failed is not None]
+        if failures:
+            # torchrun ends all ranks as soon as one has failed: rank 0 must have spoken by then.
+            atexit.register(distributed.barrier)
+        if error is not None:
+            return []
+        for rank, exit_code, message in failures:
+            raise _from_rank(rank, exit_code, message)
         return [found for found, _ in outcomes]
+
+
+ALONE = Ranks()
+"""A run of one process."""
 
 
 def _leave() -> None:
@@ -92,8 +101,8 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def _same_kind(kind: type[Dsv3Error], message: str) -> Dsv3Error:
-    """Returns an error with the exit code of another rank's."""
-    error = Dsv3Error(message)
-    error.exit_code = kind.exit_code
+def _from_rank(rank: int, exit_code: int, message: str) -> Dsv3Error:
+    """Returns another rank's error, with its exit code."""
+    error = Dsv3Error(f"rank {rank}: {message}")
+    error.exit_code = exit_code
     return error

@@ -8,27 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.architecture import differences
 from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, encode_config, with_quantization
 from dsv3_tools.checkpoint.dtypes import FLOAT_DTYPES
 from dsv3_tools.checkpoint.names import TensorName, parse_name
-from dsv3_tools.checkpoint.paths import read_small_file, regular_file, side_files
+from dsv3_tools.checkpoint.paths import read_small_file, side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.layout import lay_out
 from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef, check_steps
 from dsv3_tools.errors import CheckpointError, UsageError
 from dsv3_tools.formats import Dense, FP8Block
-from dsv3_tools.formats.fp8_block import LIKE_PART
+from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART, SCALE_SUFFIX
 
 __all__ = ["plan_bf16_to_fp8", "plan_fp8_to_bf16"]
 
 LIKE = "like"
 _PLAIN_PARAMETERS = frozenset({"weight", "bias", "e_score_correction_bias", "inv_freq"})
-_SCALE = "weight_scale_inv"
 
 
 def plan_fp8_to_bf16(
-    checkpoint: Checkpoint, *, max_shard_size: int | None = None, scale_semantics: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    max_shard_size: int | None = None,
+    scale_semantics: str | None = None,
+    partial: bool = False,
 ) -> Plan:
     """Returns the plan that dequantizes every FP8 weight to BF16 and copies everything else.
 
@@ -36,13 +40,17 @@ def plan_fp8_to_bf16(
         checkpoint: an FP8 checkpoint in the released layout.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
         scale_semantics: "multiply" or "inverse", against what `config.json` says; None believes it.
+        partial: the checkpoint is only a part of the model that `config.json` describes.
 
     Raises:
         CheckpointError: no FP8 quantization in `config.json`.
         FormatError: an FP8 quantization of another kind.
+        UsageError: an unknown `scale_semantics`.
         PlanError: tensors that do not add up, all of them.
     """
     fp8 = _fp8_format(checkpoint)
+    if scale_semantics not in (None, "multiply", "inverse"):
+        raise UsageError(f"scale_semantics: got {scale_semantics!r}, expected 'multiply' or 'inverse'")
     if scale_semantics is not None:
         fp8 = replace(fp8, inverse_scales=scale_semantics == "inverse")
     steps: list[Step] = []
@@ -51,7 +59,7 @@ def plan_fp8_to_bf16(
         parsed = parse_name(name)
         if parsed is None:
             refused[name] = "is not a tensor of this family"
-        elif parsed.parameter == _SCALE:
+        elif parsed.parameter == SCALE_PART:
             refused |= _orphan(name, parsed, checkpoint)
         elif spec.dtype == "F8_E4M3" and parsed.parameter == "weight":
             steps.append(_dequantize(parsed, name, spec, fp8))
@@ -59,12 +67,11 @@ def plan_fp8_to_bf16(
             refused[name] = f"({spec}) is neither an FP8 weight nor an unquantized tensor"
         else:
             steps.append(Step.copy(name, spec))
-    _check(checkpoint, steps, refused)
+    _check(checkpoint, steps, refused, partial=partial)
     if all(step.is_copy for step in steps):
         raise CheckpointError(f"{checkpoint.directory}: no tensor is F8_E4M3, there is nothing to convert")
     options = {
         "scale_semantics": "inverse" if fp8.inverse_scales else "multiply",
-        "scale_semantics_given": scale_semantics is not None,
     }
     return _finish(checkpoint, "fp8-to-bf16", options, steps, None, max_shard_size)
 
@@ -75,6 +82,7 @@ def plan_bf16_to_fp8(
     scale_fmt: str | None = None,
     like: Checkpoint | None = None,
     max_shard_size: int | None = None,
+    partial: bool = False,
 ) -> Plan:
     """Returns the plan that quantizes to FP8 what the release stores in FP8, and copies everything else.
 
@@ -84,6 +92,7 @@ def plan_bf16_to_fp8(
         like: the FP8 checkpoint that this one was dequantized from. What it stores in FP8 is
             quantized, and blocks that did not change keep their scales and so their bytes.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
+        partial: the checkpoint is only a part of the model that `config.json` describes.
 
     Raises:
         CheckpointError: the source is quantized already, or `like` is no FP8 checkpoint.
@@ -105,11 +114,13 @@ def plan_bf16_to_fp8(
             refused[name] = f"({spec}) is not an unquantized tensor"
         elif unlike := _unlike(name, spec, like):
             refused[name] = unlike
+        elif _becomes_fp8(parsed, name, like) and spec.dtype not in FP8Block.encodes:
+            refused[name] = f"({spec}) cannot be quantized, expected {' or '.join(sorted(FP8Block.encodes))}"
         elif _becomes_fp8(parsed, name, like):
             steps.append(_quantize(parsed, name, spec, fp8, like))
         else:
             steps.append(Step.copy(name, spec))
-    _check(checkpoint, steps, refused, like)
+    _check(checkpoint, steps, refused, like, partial=partial)
     if all(step.is_copy for step in steps):
         raise CheckpointError(f"{checkpoint.directory}: no tensor is a linear that FP8 checkpoints quantize")
     config = fp8.quantization_config()
@@ -171,18 +182,18 @@ def _unlike(name: str, spec: TensorSpec, like: Checkpoint | None) -> str | None:
 
 
 def _dequantize(parsed: TensorName, name: str, spec: TensorSpec, fp8: FP8Block) -> Step:
-    inputs = {"weight": TensorRef(name), _SCALE: TensorRef(f"{parsed.prefix}.{_SCALE}")}
+    inputs = {"weight": TensorRef(name), SCALE_PART: TensorRef(f"{parsed.prefix}.{SCALE_PART}")}
     return Step(spec.shape, inputs, {"weight": name}, fp8, Dense("BF16"), spec.dtype)
 
 
 def _quantize(
     parsed: TensorName, name: str, spec: TensorSpec, fp8: FP8Block, like: Checkpoint | None
 ) -> Step:
-    scale = f"{parsed.prefix}.{_SCALE}"
+    scale = f"{parsed.prefix}.{SCALE_PART}"
     inputs = {"weight": TensorRef(name)}
     if like is not None:
         inputs[LIKE_PART] = TensorRef(scale, LIKE)
-    outputs = {"weight": name, _SCALE: scale}
+    outputs = {"weight": name, SCALE_PART: scale}
     return Step(spec.shape, inputs, outputs, Dense(spec.dtype), fp8, spec.dtype)
 
 
@@ -197,11 +208,26 @@ def _orphan(name: str, parsed: TensorName, checkpoint: Checkpoint) -> dict[str, 
 
 
 def _check(
-    checkpoint: Checkpoint, steps: list[Step], refused: Mapping[str, str], like: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    steps: list[Step],
+    refused: Mapping[str, str],
+    like: Checkpoint | None = None,
+    *,
+    partial: bool,
 ) -> None:
+    """Refuses, in one message, whatever does not add up."""
     origins = _origins(checkpoint, like)
-    specs = {origin: other.specs for origin, other in origins.items()}
-    check_steps(str(checkpoint.directory), specs, steps, dropped={}, refused=refused)
+    incomplete = [] if partial else list(differences(checkpoint.config, checkpoint.specs, SCALE_SUFFIX))
+    if incomplete:
+        incomplete[-1] += " (--partial converts what is there)"
+    check_steps(
+        str(checkpoint.directory),
+        {origin: other.specs for origin, other in origins.items()},
+        steps,
+        dropped={},
+        refused=refused,
+        others=incomplete,
+    )
 
 
 def _origins(checkpoint: Checkpoint, like: Checkpoint | None) -> dict[str, Checkpoint]:
@@ -219,8 +245,6 @@ def _finish(
     like: Checkpoint | None = None,
 ) -> Plan:
     travel, stay = side_files(checkpoint.directory, checkpoint.shards)
-    scales_read = [step.inputs[LIKE_PART].name for step in steps if LIKE_PART in step.inputs]
-    nbytes_in = checkpoint.nbytes + sum(like.specs[name].nbytes for name in scales_read if like is not None)
     return Plan(
         operation=operation,
         options=dict(options) | {"max_shard_size": max_shard_size, "like": like is not None},
@@ -230,7 +254,7 @@ def _finish(
         side_files=tuple(travel),
         left_behind=tuple(stay),
         source_files=_source_files(_origins(checkpoint, like), travel),
-        nbytes_in=nbytes_in,
+        nbytes_in=checkpoint.nbytes,
     )
 
 
@@ -246,9 +270,9 @@ def _source_files(checkpoints: Mapping[str, Checkpoint], travel: list[str]) -> t
 
 
 def _small_file(directory: Path, name: str) -> SourceFile:
-    status = regular_file(directory, name).stat()
-    digest = hashlib.sha256(read_small_file(directory, name, MAX_SIDE_FILE_BYTES)).hexdigest()
-    return SourceFile(SOURCE, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
+    """Returns a file that is known by its content alone: touching it changes nothing."""
+    data = read_small_file(directory, name, MAX_SIDE_FILE_BYTES)
+    return SourceFile(SOURCE, name, len(data), 0, 0, hashlib.sha256(data).hexdigest())
 
 
 MAX_SIDE_FILE_BYTES = 100 * MAX_CONFIG_BYTES

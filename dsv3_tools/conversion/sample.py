@@ -8,7 +8,8 @@ a sample are valid and look like those of a trained model; what the model says i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,10 @@ def sample(
             raise DestinationError(f"{folder}: is not empty; choose another directory")
     groups = _split(specs, total, count)
     pool = None if sparse else _Pool(seed, fmt)
-    for number, names in enumerate(groups, start=1):
-        _write_shard(folder, shard_name(number, len(groups)), {name: specs[name] for name in names}, pool)
+    with _removed_on_failure(folder):
+        for number, names in enumerate(groups, start=1):
+            shard = {name: specs[name] for name in names}
+            _write_shard(folder, shard_name(number, len(groups)), shard, pool)
     weight_map = {n: shard_name(k, len(groups)) for k, names in enumerate(groups, start=1) for n in names}
     parameters = sum(spec.num_elements for name, spec in specs.items() if not name.endswith("_scale_inv"))
     write_file(folder / CONFIG_NAME, encode_config(config_json), folder=folder)
@@ -146,6 +149,17 @@ def _split(specs: Mapping[str, TensorSpec], total: int, count: int) -> list[list
         groups[group].append(name)
         position += spec.nbytes
     return [group for group in groups if group]
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Leaves no shards behind when they cannot all be written: a sample is made anew, not resumed."""
+    try:
+        yield
+    except BaseException:
+        for path in folder.glob("model-*.safetensors"):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _write_shard(folder: Path, name: str, specs: Mapping[str, TensorSpec], pool: _Pool | None) -> None:

@@ -35,8 +35,10 @@ def work_off(
     shards: Sequence[ShardPlan],
     workers: Sequence[Callable[[], Callable[[ShardPlan], None]]],
     stop: Stop,
+    *,
+    given_up: Callable[[], bool],
 ) -> None:
-    """Lets every worker take shards until none is left.
+    """Lets every worker take shards until none is left, or until the other processes have `given_up`.
 
     Each entry of `workers` is called in a thread of its own and returns the function that does one
     shard.
@@ -64,6 +66,7 @@ def work_off(
                 failures.append(error)
             stop.set()
 
+    others_failed = False
     threads = [threading.Thread(target=loop, args=(make,), daemon=True) for make in workers]
     for thread in threads:
         thread.start()
@@ -72,6 +75,9 @@ def work_off(
         while any(thread.is_alive() for thread in threads):
             for thread in threads:
                 thread.join(_POLL_SECONDS)
+            if given_up():
+                stop.set()
+                others_failed = True
     except BaseException:
         stop.set()
         for thread in threads:
@@ -79,7 +85,7 @@ def work_off(
         raise
     if failures:
         raise failures[0]
-    if stop.is_set:
+    if stop.is_set and not others_failed:
         stop.check()
 
 

@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ __all__ = ["JournalEntry", "Workspace"]
 
 PLAN_NAME = "plan.json"
 OWNER_NAME = "owner.json"
+FAILED_NAME = "failed"
+
+_LOCK_ATTEMPTS = 3
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What filesystems without locks answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +63,55 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the lock.
+        """Holds the lock; goes on without one where the filesystem has none.
 
         Raises:
-            DestinationError: another run holds it; names its process and host.
+            DestinationError: another run holds it (with its process and host), or the folder is not one.
         """
-        with destination_errors(self.folder, "creating the working folder"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / "lock", timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise DestinationError(
-                    f"{self.destination}: {self._owner()} is writing to it; wait for it to end"
-                ) from None
-            owner = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "start": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-            }
+        lock = self._acquire()
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "start": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        }
         try:
             write_file(self.folder / OWNER_NAME, json.dumps(owner).encode(), folder=self.folder)
             yield
         finally:
             lock.release()
+
+    def _acquire(self) -> FileLock:
+        self.check_folder()
+        lock = FileLock(self.folder / "lock", timeout=0)
+        for attempt in range(_LOCK_ATTEMPTS):
+            with destination_errors(self.folder, "creating the working folder"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire()
+                except Timeout:
+                    raise DestinationError(
+                        f"{self.destination}: {self._owner()} is writing to it; wait for it to end"
+                    ) from None
+                except FileNotFoundError:  # another run has just finished and removed the folder
+                    if attempt == _LOCK_ATTEMPTS - 1:
+                        raise
+                    continue
+                except (NotImplementedError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                        raise
+            break
+        return lock
+
+    def check_folder(self) -> None:
+        """Refuses a working folder that is a link or a file: what it holds is not this program's to remove.
+
+        Raises:
+            DestinationError: it is not a folder.
+        """
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise DestinationError(
+                f"{self.folder}: is not a folder of its own; remove it or choose another place"
+            )
 
     def plan_problem(self, plan: Plan) -> str | None:
         """Returns why what lies here cannot be resumed with `plan`; None when it can.
@@ -141,8 +171,12 @@ class Workspace:
                 os.close(descriptor)
 
     def temporary_nbytes(self) -> int:
-        """Returns the bytes that killed runs left half written."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.tmp"))
+        """Returns the bytes that killed runs left half written; files that vanish meanwhile count nothing."""
+        total = 0
+        for path in self.folder.glob("*.tmp"):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_blocks * 512
+        return total
 
     def remove_temporaries(self) -> None:
         """Removes what killed runs left half written."""
@@ -151,16 +185,42 @@ class Workspace:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forgets an earlier run: everything in the folder but the lock and its owner."""
+        """Forgets an earlier run: its plan, journals and temporary files."""
         with destination_errors(self.folder, "removing an earlier run's records"):
-            for path in self.folder.iterdir():
-                if path.name not in ("lock", OWNER_NAME):
-                    path.unlink()
+            for path in self._own_files():
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Removes the folder, the last act of a finished run."""
-        with destination_errors(self.folder, "removing the working folder"):
-            shutil.rmtree(self.folder)
+        """Removes the folder, the last act of a finished run.
+
+        The result is complete by then: what another run has just put here, waiting for the lock, is left to
+        that run.
+        """
+        with suppress(OSError):
+            for path in self._own_files():
+                path.unlink(missing_ok=True)
+            for name in (OWNER_NAME, "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def announce_failure(self) -> None:
+        """Tells the other ranks of this run to stop; the next run forgets it."""
+        with suppress(OSError):
+            (self.folder / FAILED_NAME).touch()
+
+    def has_failed(self) -> bool:
+        """Whether a rank of this run has announced that it failed."""
+        return (self.folder / FAILED_NAME).exists()
+
+    def forget_failure(self) -> None:
+        """Lets a new run begin where one has failed."""
+        with destination_errors(self.folder, "removing an earlier run's records"):
+            (self.folder / FAILED_NAME).unlink(missing_ok=True)
+
+    def _own_files(self) -> list[Path]:
+        """Returns the records of runs; the plan last, for a folder without one is taken as untouched."""
+        journals, temporaries = self.folder.glob("journal*.jsonl"), self.folder.glob("*.tmp")
+        return [*journals, *temporaries, self.folder / FAILED_NAME, self.folder / PLAN_NAME]
 
     def _owner(self) -> str:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import FormatError
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["FP8Block"]
+
+SCALE_PART = "weight_scale_inv"
+"""The scales' part, DeepSeek's name on disk: what multiplies on decode."""
+
+SCALE_SUFFIX = "_scale_inv"
+"""What a weight's tensor name ends in to be its scales'."""
 
 LIKE_PART = "like"
 """Name under which `encode_into` finds the scales of an earlier quantization among a weight's parts."""
@@ -35,6 +41,8 @@ class FP8Block(Format):
     """
 
     name = "fp8_block"
+    encodes: ClassVar[frozenset[str]] = frozenset({"BF16", "F16", "F32"})
+    """Element types of the weights that can be quantized."""
     block_size: tuple[int, int] = (128, 128)
     scale_fmt: str = "f32"
     inverse_scales: bool = False
@@ -52,16 +60,18 @@ class FP8Block(Format):
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Returns codes `[rows, columns]` and scales `[ceil(rows / 128), ceil(columns / 128)]`."""
-        if len(shape) != 2:
-            raise FormatError(f"fp8_block: got a weight of shape {list(shape)}, expected two dimensions")
+        if len(shape) != 2 or 0 in shape:
+            raise FormatError(
+                f"fp8_block: got a weight of shape {list(shape)}, expected two dimensions, none of them 0"
+            )
         blocks = tuple(-(-size // block) for size, block in zip(shape, self.block_size, strict=True))
-        return {"weight": TensorSpec("F8_E4M3", shape), "weight_scale_inv": TensorSpec("F32", blocks)}
+        return {"weight": TensorSpec("F8_E4M3", shape), SCALE_PART: TensorSpec("F32", blocks)}
 
     def decode_into(self, items: Sequence[Mapping[str, Tensor]], outs: Sequence[Tensor]) -> Tensor:
         """Dequantizes: float32 product, rounded once to the type of `outs`."""
         from dsv3_tools import kernels
 
-        scales = [item["weight_scale_inv"] for item in items]
+        scales = [item[SCALE_PART] for item in items]
         if self.inverse_scales:
             scales = [scale.reciprocal() for scale in scales]
         codes = [item["weight"] for item in items]
@@ -82,7 +92,7 @@ class FP8Block(Format):
         return kernels.quantize_fp8_block_into(
             weights,
             [out["weight"] for out in outs],
-            [out["weight_scale_inv"] for out in outs],
+            [out[SCALE_PART] for out in outs],
             block_size=self.block_size,
             scale_fmt=self.scale_fmt,
             likes=likes,
@@ -113,9 +123,9 @@ class FP8Block(Format):
                 f"{where}: quantization is {method!r} with fmt {fmt!r}, expected 'fp8' with 'e4m3'"
             )
         block = config.get("weight_block_size")
-        if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        if not isinstance(block, list) or len(block) != 2 or not all(map(_is_power_of_two, block)):
             raise FormatError(
-                f"{where}: weight_block_size is {block!r}, expected two numbers such as [128, 128]"
+                f"{where}: weight_block_size is {block!r}, expected two powers of two such as [128, 128]"
             )
         scale_fmt = config.get("scale_fmt") or "f32"
         if scale_fmt not in ("f32", "ue8m0"):
@@ -127,3 +137,8 @@ class FP8Block(Format):
                 "as a reciprocal) or none"
             )
         return cls((block[0], block[1]), scale_fmt, semantics == "inverse")
+
+
+def _is_power_of_two(n: Any) -> bool:
+    """Whether `n` can be a side of a block on every device: the GPU kernels know no others."""
+    return type(n) is int and n > 0 and n & (n - 1) == 0

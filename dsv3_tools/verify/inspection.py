@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_tools.checkpoint.architecture import dense_tensors
-from dsv3_tools.checkpoint.config import ModelConfig
+from dsv3_tools.checkpoint.architecture import differences
+from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig
 from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.checkpoint.paths import side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.errors import FormatError
+from dsv3_tools.formats.fp8_block import SCALE_SUFFIX, FP8Block
 
 __all__ = ["DTypeCount", "Inspection", "Parameters", "inspect"]
 
-_SCALE_SUFFIX = "_scale_inv"
 _MAX_LISTED = 5
 
 
@@ -116,7 +117,7 @@ def _count_parameters(checkpoint: Checkpoint) -> Parameters:
     shared = routed = mtp = 0
     for name, spec in checkpoint.specs.items():
         parsed = parse_name(name)
-        if name.endswith(_SCALE_SUFFIX) or parsed is None:
+        if name.endswith(SCALE_SUFFIX) or parsed is None:
             continue
         if parsed.layer is not None and parsed.layer in config.mtp_layers:
             mtp += spec.num_elements
@@ -130,7 +131,7 @@ def _count_parameters(checkpoint: Checkpoint) -> Parameters:
 
 def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
     """Yields what a user should know before relying on the checkpoint."""
-    yield from _model_oddities(checkpoint)
+    yield from differences(checkpoint.config, checkpoint.specs, SCALE_SUFFIX)
     yield from _quantization_oddities(checkpoint)
     yield from _index_oddities(checkpoint)
     _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
@@ -139,37 +140,23 @@ def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"pickle files, never opened nor copied: {_list(pickles)}"
 
 
-def _model_oddities(checkpoint: Checkpoint) -> Iterator[str]:
-    expected = dense_tensors(checkpoint.config)
-    found = {name for name in checkpoint.specs if not name.endswith(_SCALE_SUFFIX)}
-    mtp_layers = checkpoint.config.mtp_layers
-    missing = sorted(expected.keys() - found)
-    missing_mtp = [name for name in missing if _layer(name) in mtp_layers]
-    if missing_mtp and len(missing_mtp) == sum(_layer(name) in mtp_layers for name in expected):
-        yield (
-            f"config.json says num_nextn_predict_layers {len(mtp_layers)}, but the MTP module's "
-            "weights are missing"
-        )
-        missing = [name for name in missing if _layer(name) not in mtp_layers]
-    if missing:
-        yield f"{len(missing)} tensors of such a model are missing: {_list(missing)}"
-    if unexpected := sorted(found - expected.keys()):
-        yield f"{len(unexpected)} tensors do not belong to such a model: {_list(unexpected)}"
-    wrong = [name for name in found & expected.keys() if checkpoint.specs[name].shape != expected[name].shape]
-    for name in sorted(wrong)[:_MAX_LISTED]:
-        yield f"{name} is {checkpoint.specs[name]}, config.json makes it {list(expected[name].shape)}"
-
-
 def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     has_fp8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
     has_key = "quantization_config" in checkpoint.config_json
     if has_fp8 and not has_key:
         yield "weights are FP8, but config.json has no quantization_config: engines would read raw codes"
-    scales = [name for name in checkpoint.specs if name.endswith(_SCALE_SUFFIX)]
+    elif has_fp8:
+        try:
+            FP8Block.from_quantization_config(
+                checkpoint.config_json["quantization_config"] or {}, CONFIG_NAME
+            )
+        except FormatError as error:
+            yield str(error)
+    scales = [name for name in checkpoint.specs if name.endswith(SCALE_SUFFIX)]
     fp8 = {name for name, spec in checkpoint.specs.items() if spec.dtype == "F8_E4M3"}
-    if unscaled := sorted(name for name in fp8 if name + _SCALE_SUFFIX not in checkpoint.specs):
+    if unscaled := sorted(name for name in fp8 if name + SCALE_SUFFIX not in checkpoint.specs):
         yield f"{len(unscaled)} FP8 weights have no scale: {_list(unscaled)}"
-    if orphans := sorted(name for name in scales if name.removesuffix(_SCALE_SUFFIX) not in fp8):
+    if orphans := sorted(name for name in scales if name.removesuffix(SCALE_SUFFIX) not in fp8):
         yield f"{len(orphans)} scales belong to no FP8 weight: {_list(orphans)}"
     has_integers = any(spec.dtype[0] in "IU" for spec in checkpoint.specs.values())
     if has_key and not has_fp8 and not has_integers and not scales:
@@ -177,7 +164,7 @@ def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     apart = [
         name
         for name in scales
-        if checkpoint.weight_map.get(name.removesuffix(_SCALE_SUFFIX))
+        if checkpoint.weight_map.get(name.removesuffix(SCALE_SUFFIX))
         not in (None, checkpoint.weight_map[name])
     ]
     if apart:
