@@ -124,7 +124,7 @@ class SourceFile:
     mtime_ns: int
     ctime_ns: int
     sha256: str
-    """Of a shard's header, or of a small file's whole content; then its times are 0, for they do not matter."""
+    """Of a shard's header, or of all of a small file; a small file's times are 0, for they do not matter."""
 
 
 @dataclass(frozen=True, slots=True)

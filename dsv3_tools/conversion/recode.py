@@ -217,7 +217,8 @@ def _check(
 ) -> None:
     """Refuses, in one message, whatever does not add up."""
     origins = _origins(checkpoint, like)
-    incomplete = [] if partial else list(differences(checkpoint.config, checkpoint.specs, SCALE_SUFFIX))
+    known = {name: spec for name, spec in checkpoint.specs.items() if parse_name(name) is not None}
+    incomplete = [] if partial else list(differences(checkpoint.config, known, SCALE_SUFFIX))
     if incomplete:
         incomplete[-1] += " (--partial converts what is there)"
     check_steps(

@@ -116,7 +116,7 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "one MTP weight missing": (
         "fp8",
         replace("model.layers.3.eh_proj.weight", lambda _: None),
-        r"1 tensors of such a model are missing: model\.layers\.3\.eh_proj\.weight",
+        r"1 of the model's tensors are missing: model\.layers\.3\.eh_proj\.weight",
     ),
     "leftover quantization_config": (
         "bf16",

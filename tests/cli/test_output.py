@@ -166,7 +166,7 @@ def test_hostile_tensor_names(dsv3, copied: Callable[[Path], Path], fp8_checkpoi
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     found = dsv3("inspect", checkpoint)
     assert found.code == 0
-    assert "odd: 2 tensors do not belong to such a model: [], model.[red]x[0].weight" in found.out
+    assert "odd: 2 tensors do not belong to the model: [], model.[red]x[0].weight" in found.out
     refused = dsv3("convert", "fp8-to-bf16", checkpoint, checkpoint.with_name("out"))
     assert refused.code == 3
     assert "model.[red]x[0].weight is not a tensor of this family" in refused.error_line

@@ -106,11 +106,18 @@ def test_multipliers_called_inverse_are_recognised(fp8_case, tools, tmp_path):
     assert [n for n in wanted if n.endswith(".safetensors") and found[n] != wanted[n]] == []
 
 
-def test_given_semantics_are_believed(fp8_case, tools, tmp_path):
-    """Who says how scales are meant is not asked again, whatever their magnitude."""
-    tools.edit(fp8_case.source, invert_scales)
-    tools.convert_quickly(fp8_case, tmp_path / "out", scale_semantics="multiply")
-    assert weights_of(tmp_path / "out")[f"{UP}.weight"].abs().max() > 1000
+@pytest.mark.parametrize("semantics", ["multiply", "inverse"])
+def test_given_semantics_must_be_plausible_too(fp8_case, tools, tmp_path, semantics):
+    if semantics == "multiply":
+        tools.edit(fp8_case.source, invert_scales)
+    with pytest.raises(CheckpointError, match="weights would be multiplied by"):
+        fp8_case.convert(tmp_path / "out", scale_semantics=semantics)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_semantics_are_refused(fp8_case, tmp_path):
+    with pytest.raises(UsageError, match="scale_semantics: got 'Inverse'"):
+        fp8_case.convert(tmp_path / "out", scale_semantics="Inverse")
 
 
 # Elements: found while they are converted; no shard with one gets a final name.

@@ -124,10 +124,10 @@ def test_control_journal_before_rename(case, tools, tmp_path, monkeypatch):
     """A program that notes a shard before it is there, and believes its notes, is caught as well."""
     commit = crew.ShardWriter.commit
 
-    def note_first(self):
+    def note_first(self, **options):
         entry = JournalEntry(self._final.name, "0" * 64, self._nbytes, 0, 0, {})
         Workspace(self._final.parent).append_journal(entry, 0)
-        return commit(self)
+        return commit(self, **options)
 
     monkeypatch.setattr(crew.ShardWriter, "commit", note_first)
     monkeypatch.setattr(destination, "_is_intact", lambda *_: True)

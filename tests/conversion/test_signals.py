@@ -197,3 +197,21 @@ def test_first_failure_is_reported(case, tools, tmp_path):
     ):
         case.convert(tmp_path / "out", workers=3)
     assert not list(tmp_path.glob("out/.dsv3/*.tmp"))
+
+
+def test_nohup_is_respected(monkeypatch):
+    """A signal that is ignored when the run begins stays ignored."""
+    import signal
+
+    from dsv3_tools.cli.signals import stop_on_signals
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set
+            assert stop.signum == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -66,3 +69,55 @@ def test_refusal_by_rank_0_ends_both(cases, tmp_path):
     assert run.returncode != 0
     assert "is not empty (notes.txt)" in run.stderr
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+MIXED = """
+import os, sys
+sys.argv[0] = "dsv3"
+sys.argv[3] = sys.argv[3] + os.environ["RANK"]
+from dsv3_tools.cli import main
+main()
+"""
+
+
+def test_ranks_with_different_sources_are_refused(cases, tools, tmp_path):
+    """Node-local copies of two revisions: the result would be a mix that nothing else notices."""
+    case, script = cases["fp8-to-bf16"], tmp_path / "script.py"
+    for rank in "01":
+        shutil.copytree(case.source, tmp_path / f"source{rank}")
+    os.utime(tmp_path / "source1" / "model-00001-of-000003.safetensors", (1, 1))
+    script.write_text(MIXED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(script), "convert", "fp8-to-bf16", str(tmp_path / "source"), str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode != 0
+    assert "the ranks' plans differ" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+SLOW = """
+import os, sys, time
+sys.argv[0] = "dsv3"
+real = os.pwrite
+def slow(descriptor, data, offset):
+    if os.environ["RANK"] == "1" and offset:
+        raise OSError(28, os.strerror(28))
+    time.sleep(0.4 if offset else 0)
+    return real(descriptor, data, offset)
+os.pwrite = slow
+from dsv3_tools.cli import main
+main()
+"""
+
+
+def test_a_failing_rank_stops_the_others_soon(cases, tmp_path):
+    """Rank 0 alone would need minutes; it stops within seconds of rank 1's failure and says why."""
+    case, script = cases["fp8-to-bf16"], tmp_path / "script.py"
+    script.write_text(SLOW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(script), *case.arguments(tmp_path / "out")]
+    began = time.monotonic()
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode != 0
+    assert "rank 1: " in run.stderr
+    assert time.monotonic() - began < 30
