@@ -40,15 +40,18 @@ def integrity(ctx: click.Context, directory: Path, *, workers: int | None, as_js
     else:
         for problem in report.problems:
             print_line(f"  {problem}")
+        verdict = "ok" if report.passed else "FAILED"
         checked = (
             f"{report.files_hashed} files, {size(report.nbytes_hashed)}, against the {report.hashes_from}"
         )
         if report.hashes_from is None:
-            checked = "index and headers only: there is no manifest to compare the data with"
-        print_line(f"{'ok' if report.passed else 'FAILED'}: {directory}: {checked}")
+            verdict = "structure ok, data not checked" if report.passed else verdict
+            checked = "index against headers; there is no manifest to compare the data with"
+        print_line(f"{verdict}: {directory}: {checked}")
     if report.passed:
         return
-    message = f"{directory}: {len(report.problems)} problems, the first: {report.problems[0]}"
+    count = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems, the first"
+    message = f"{directory}: {count}: {report.problems[0]}"
     if as_json:  # the one document is out; an exception would print another
         print_note(f"dsv3: {message}")
         ctx.exit(VerificationFailed.exit_code)
