@@ -18,14 +18,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv3_tools.checkpoint.reader import Checkpoint
     from dsv3_tools.conversion.api import convert_bf16_to_fp8, convert_fp8_to_bf16
-    from dsv3_tools.conversion.sample import sample
-    from dsv3_tools.verify.inspection import inspect
-    from dsv3_tools.verify.integrity import verify_integrity
+    from dsv3_tools.conversion.executor import RunResult
+    from dsv3_tools.conversion.plan import Plan
+    from dsv3_tools.conversion.progress import Progress, Stop
+    from dsv3_tools.conversion.ranks import Ranks
+    from dsv3_tools.conversion.sample import SampleResult, sample
+    from dsv3_tools.errors import Dsv3Error
+    from dsv3_tools.verify.inspection import Inspection, inspect
+    from dsv3_tools.verify.integrity import IntegrityReport, verify_integrity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "Dsv3Error",
+    "Inspection",
+    "IntegrityReport",
+    "Plan",
+    "Progress",
+    "Ranks",
+    "RunResult",
+    "SampleResult",
+    "Stop",
     "__version__",
     "convert_bf16_to_fp8",
     "convert_fp8_to_bf16",
@@ -36,6 +50,15 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "dsv3_tools.checkpoint.reader",
+    "Dsv3Error": "dsv3_tools.errors",
+    "Inspection": "dsv3_tools.verify.inspection",
+    "IntegrityReport": "dsv3_tools.verify.integrity",
+    "Plan": "dsv3_tools.conversion.plan",
+    "Progress": "dsv3_tools.conversion.progress",
+    "Ranks": "dsv3_tools.conversion.ranks",
+    "RunResult": "dsv3_tools.conversion.executor",
+    "SampleResult": "dsv3_tools.conversion.sample",
+    "Stop": "dsv3_tools.conversion.progress",
     "convert_bf16_to_fp8": "dsv3_tools.conversion.api",
     "convert_fp8_to_bf16": "dsv3_tools.conversion.api",
     "inspect": "dsv3_tools.verify.inspection",

@@ -19,9 +19,15 @@ __all__ = ["sample"]
 @directory_argument("destination")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="deepseek-v3", show_default=True)
 @click.option("--weights", type=click.Choice(["fp8", "fp8-ue8m0", "bf16"]), default="fp8", show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), help="Fewer layers than the model has.")
-@click.option("--experts", type=click.IntRange(min=1), help="Fewer routed experts than the model has.")
-@click.option("--shards", type=click.IntRange(min=1, max=99_999), help="Number of files.")
+@click.option("--layers", type=click.IntRange(min=1), help="Number of layers, instead of the model's.")
+@click.option(
+    "--experts", type=click.IntRange(min=1), help="Number of routed experts, instead of the model's."
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(min=1, max=99_999),
+    help="Number of files, fewer where the tensors do not divide so.",
+)
 @click.option("--sparse", is_flag=True, help="Headers only: data are holes that take no room.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True)
 @json_option

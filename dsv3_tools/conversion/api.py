@@ -40,9 +40,10 @@ def convert_fp8_to_bf16(
     """Rewrites an FP8 checkpoint as BF16, or goes on where an interrupted run stopped.
 
     Example:
-        >>> result = convert_fp8_to_bf16("miniature/checkpoint", "/tmp/mini-bf16")  # doctest: +SKIP
-        >>> result.shards_written  # doctest: +SKIP
-        4
+        >>> import tempfile
+        >>> result = convert_fp8_to_bf16("miniature/checkpoint", tempfile.mkdtemp(), device="cpu")
+        >>> result.shards_written, result.nbytes_out
+        (4, 25092448)
 
     Args:
         source: directory of the FP8 checkpoint.
@@ -93,6 +94,14 @@ def convert_bf16_to_fp8(
     ranks: Ranks = ALONE,
 ) -> RunResult:
     """Rewrites a BF16 checkpoint in DeepSeek's FP8 layout, or goes on where a run stopped.
+
+    Example:
+        >>> import tempfile
+        >>> bf16, fp8 = tempfile.mkdtemp(), tempfile.mkdtemp()
+        >>> _ = convert_fp8_to_bf16("miniature/checkpoint", bf16, device="cpu")
+        >>> result = convert_bf16_to_fp8(bf16, fp8, like="miniature/checkpoint", device="cpu")
+        >>> result.blocks_kept, result.blocks_compared
+        (636, 636)
 
     Args:
         source: directory of the unquantized checkpoint.

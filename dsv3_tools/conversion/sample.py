@@ -23,6 +23,7 @@ from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.checkpoint.presets import PRESETS
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
+from dsv3_tools.conversion.preflight import check_room
 from dsv3_tools.errors import DestinationError, UsageError
 from dsv3_tools.formats import FP8Block
 
@@ -62,13 +63,19 @@ def sample(
 ) -> SampleResult:
     """Writes a checkpoint with random weights.
 
+    Example:
+        >>> import tempfile
+        >>> sample(tempfile.mkdtemp(), sparse=True).nbytes
+        688574839360
+
     Args:
         destination: directory to write, empty or absent.
         preset: "deepseek-v3", "kimi-k2" or "moonlight".
         weights: "fp8" for the released FP8 layout, "fp8-ue8m0" for V3.1's scales, "bf16" for BF16.
-        layers: number of layers, instead of the model's; the first dense layers come first.
+        layers: number of layers, instead of the model's; the dense layers come first.
         experts: number of routed experts, instead of the model's.
-        shards: number of files; None is the release's number, or one for each 4.3 GB if it is smaller.
+        shards: number of files, fewer where the tensors do not divide so; None is the release's number, or
+            one for each 4.3 GB if it is smaller.
         overrides: other keys of `config.json`.
         sparse: only headers; the data are holes that read as zeros and take no room.
         seed: of the random weights.
@@ -86,6 +93,8 @@ def sample(
     whole = layers is None and experts is None and not overrides
     count = shards or (_SHARDS_OF_RELEASE[preset] if whole else max(1, round(total / 4.3e9)))
     folder = Path(destination)
+    if not sparse:
+        check_room(folder, total)
     with destination_errors(folder, "creating the directory"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

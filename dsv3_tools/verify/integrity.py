@@ -50,6 +50,11 @@ def verify_integrity(
 ) -> IntegrityReport:
     """Compares every file with the manifest, and the index with the shards' headers.
 
+    Example:
+        >>> report = verify_integrity("miniature/checkpoint")
+        >>> report.passed, report.hashes_from
+        (True, None)
+
     Args:
         directory: a finished result, or any checkpoint.
         workers: files hashed at once; None is one for each core.
