@@ -233,6 +233,11 @@ def test_exceptions_become_codes(
 
 
 SLOW = """
+import signal
+# Whoever started the tests may ignore some (nohup does); a run would respect that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 import sys, time
 from dsv3_tools.conversion.progress import Meter
 real = Meter.add

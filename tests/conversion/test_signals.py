@@ -18,6 +18,11 @@ from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import DestinationError, Dsv3Error, Interrupted
 
 SLOWLY = """
+import signal
+# Whoever started the tests may ignore some (nohup does); a run would respect that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 import os, time
 from dsv3_tools.cli import main
 pwrite, count = os.pwrite, 0
