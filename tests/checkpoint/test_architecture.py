@@ -54,7 +54,7 @@ def nbytes(specs: dict[str, TensorSpec]) -> int:
 
 
 def test_the_release_to_the_byte() -> None:
-    """The totals that Hugging Face publishes (`safetensors.total`, file sizes), see formats.md 1."""
+    """The totals that Hugging Face publishes (`safetensors.total`, file sizes)."""
     specs = as_released(V3)
     mtp = {name: spec for name, spec in specs.items() if name.startswith("model.layers.61.")}
     elements: Counter[str] = Counter()

@@ -64,7 +64,7 @@ def test_every_command_has_json_and_debug(name: str) -> None:
 
 @pytest.mark.parametrize("name", HELPS)
 def test_help_loads_nothing_heavy_and_is_quick(name: str) -> None:
-    """The aim is 0.3 s (experience.md), which needs a quiet machine; a test can count the CPU's time."""
+    """The aim is 0.3 s, which needs a quiet machine; a test can count the CPU's time."""
     code = (
         "import sys, time\nfrom dsv3_tools.cli.app import run_command_line\n"
         f"assert run_command_line({[*HELPS[name], '--help']!r}) == 0\n"
