@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from dsv3_tools.checkpoint.config import ModelConfig
+from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.specs import TensorSpec
 
 __all__ = ["dense_tensors", "differences"]
@@ -44,18 +45,14 @@ def differences(config: ModelConfig, specs: Mapping[str, TensorSpec], scale_suff
         )
         missing = [name for name in missing if not name.startswith(mtp)]
     if missing:
-        yield f"{len(missing)} of the model's tensors are missing: {_list(missing)}"
+        yield f"{len(missing)} of the model's tensors are missing: {list_names(missing)}"
     if unexpected := sorted(found - expected.keys()):
-        yield f"{len(unexpected)} tensors do not belong to the model: {_list(unexpected)}"
+        yield f"{len(unexpected)} tensors do not belong to the model: {list_names(unexpected)}"
     wrong = sorted(n for n in found & expected.keys() if specs[n].shape != expected[n].shape)
     for name in wrong[:_MAX_LISTED]:
         yield f"{name} is {specs[name]}, config.json makes it {list(expected[name].shape)}"
     if len(wrong) > _MAX_LISTED:
         yield f"{len(wrong) - _MAX_LISTED} more tensors have other shapes than config.json makes them"
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
 
 
 def _model(config: ModelConfig) -> Shapes:

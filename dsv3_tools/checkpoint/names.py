@@ -7,10 +7,11 @@ the indexer of V3.2, DeepSeek-V3.2-Exp.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["MODULES", "TensorName", "parse_name"]
+__all__ = ["MODULES", "TensorName", "list_names", "parse_name"]
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -88,3 +89,8 @@ def parse_name(name: str) -> TensorName | None:
     if module not in MODULES or module in ("lm_head", "norm"):
         return None
     return TensorName(prefix, module, inside[3], int(inside[1]), expert)
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Returns the first five names, and dots if there are more."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def execute(
             plan,
             checkpoints,
             destination,
-            RunOptions(device, workers, overwrite, nonfinite, on_progress=update, stop=stop, ranks=ranks),
+            replace(options, on_progress=update, stop=stop),
         )
     if not ranks.is_first:
         return

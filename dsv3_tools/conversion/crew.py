@@ -67,15 +67,15 @@ class Crew:
                 self._stop,
                 given_up=self._workspace.has_failed if shared else lambda: False,
             )
-        except Interrupted as error:
-            raise Interrupted(
-                error.signum,
-                f"{self._workspace.destination}: stopped; {len(self._written)} shards finished in this run "
-                "are kept, the same command goes on from there",
-            ) from None
-        except BaseException:
+        except BaseException as error:
             if shared:
                 self._workspace.announce_failure()
+            if isinstance(error, Interrupted):
+                raise Interrupted(
+                    error.signum,
+                    f"{self._workspace.destination}: stopped; {len(self._written)} shards finished in this "
+                    "run are kept, the same command goes on from there",
+                ) from None
             raise
         finally:
             for pipeline in self._pipelines_made:

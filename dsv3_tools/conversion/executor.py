@@ -189,7 +189,8 @@ def _start(
     destination, stop = workspace.destination, options.stop or Stop()
     check_places(checkpoints, destination)
     workspace.check_folder()
-    if workspace.folder.exists():  # whoever works here is named at once
+    locked = workspace.folder.exists()
+    if locked:  # whoever works here is named at once
         held.enter_context(workspace.locked())
     state = survey(plan, destination, overwrite=options.overwrite)
     # A run killed while it removed its working folder leaves the result and part of that folder.
@@ -198,7 +199,7 @@ def _start(
     _check_room(plan, workspace, state)
     missing = _missing(plan, workspace, state)
     check_scales(missing, checkpoints, nonfinite=options.nonfinite, stop=stop)
-    if not workspace.folder.exists():
+    if not locked:
         held.enter_context(workspace.locked())
         # Another run may have come and gone since the first look.
         state = survey(plan, destination, overwrite=options.overwrite)

@@ -84,8 +84,8 @@ class Ranks:
             atexit.register(distributed.barrier)
         if error is not None:
             return []
-        for rank, exit_code, message in failures:
-            raise _from_rank(rank, exit_code, message)
+        if failures:
+            raise _from_rank(*failures[0])
         return [found for found, _ in outcomes]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_tools.checkpoint.architecture import differences
-from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, encode_config, with_quantization
+from dsv3_tools.checkpoint.config import CONFIG_NAME, encode_config, with_quantization
 from dsv3_tools.checkpoint.dtypes import FLOAT_DTYPES
 from dsv3_tools.checkpoint.names import TensorName, parse_name
 from dsv3_tools.checkpoint.paths import read_small_file, side_files
@@ -22,6 +22,9 @@ from dsv3_tools.formats import Dense, FP8Block
 from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART, SCALE_SUFFIX
 
 __all__ = ["plan_bf16_to_fp8", "plan_fp8_to_bf16"]
+
+MAX_SIDE_FILE_BYTES = 100_000_000
+"""Tokenizers are up to 30 MB; small files are held in memory."""
 
 LIKE = "like"
 _PLAIN_PARAMETERS = frozenset({"weight", "bias", "e_score_correction_bias", "inv_freq"})
@@ -274,6 +277,3 @@ def _small_file(directory: Path, name: str) -> SourceFile:
     """Returns a file that is known by its content alone: touching it changes nothing."""
     data = read_small_file(directory, name, MAX_SIDE_FILE_BYTES)
     return SourceFile(SOURCE, name, len(data), 0, 0, hashlib.sha256(data).hexdigest())
-
-
-MAX_SIDE_FILE_BYTES = 100 * MAX_CONFIG_BYTES

@@ -96,6 +96,7 @@ class Workspace:
                     if attempt == _LOCK_ATTEMPTS - 1:
                         raise
                     continue
+                # A filesystem without locks; older releases of filelock say NotImplementedError.
                 except (NotImplementedError, OSError) as error:
                     if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
                         raise

@@ -13,15 +13,13 @@ from dsv3_tools.checkpoint.architecture import differences
 from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig
 from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
-from dsv3_tools.checkpoint.names import parse_name
+from dsv3_tools.checkpoint.names import list_names, parse_name
 from dsv3_tools.checkpoint.paths import side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.errors import FormatError
 from dsv3_tools.formats.fp8_block import SCALE_SUFFIX, FP8Block
 
 __all__ = ["DTypeCount", "Inspection", "Parameters", "inspect"]
-
-_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
     _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
     pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if pickles:
-        yield f"pickle files, never opened nor copied: {_list(pickles)}"
+        yield f"pickle files, never opened nor copied: {list_names(pickles)}"
 
 
 def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
@@ -155,9 +153,9 @@ def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     scales = [name for name in checkpoint.specs if name.endswith(SCALE_SUFFIX)]
     fp8 = {name for name, spec in checkpoint.specs.items() if spec.dtype == "F8_E4M3"}
     if unscaled := sorted(name for name in fp8 if name + SCALE_SUFFIX not in checkpoint.specs):
-        yield f"{len(unscaled)} FP8 weights have no scale: {_list(unscaled)}"
+        yield f"{len(unscaled)} FP8 weights have no scale: {list_names(unscaled)}"
     if orphans := sorted(name for name in scales if name.removesuffix(SCALE_SUFFIX) not in fp8):
-        yield f"{len(orphans)} scales belong to no FP8 weight: {_list(orphans)}"
+        yield f"{len(orphans)} scales belong to no FP8 weight: {list_names(orphans)}"
     has_integers = any(spec.dtype[0] in "IU" for spec in checkpoint.specs.values())
     if has_key and not has_fp8 and not has_integers and not scales:
         yield "no weight is quantized, but config.json has a quantization_config: vLLM would output NaN"
@@ -168,10 +166,10 @@ def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
         not in (None, checkpoint.weight_map[name])
     ]
     if apart:
-        yield f"{len(apart)} scales are in another shard than their weight: {_list(sorted(apart))}"
+        yield f"{len(apart)} scales are in another shard than their weight: {list_names(sorted(apart))}"
     biases = [name for name in checkpoint.specs if name.endswith("e_score_correction_bias")]
     if rounded := [name for name in biases if checkpoint.specs[name].dtype != "F32"]:
-        yield f"{len(rounded)} router biases are not float32: routing changes; {_list(sorted(rounded))}"
+        yield f"{len(rounded)} router biases are not float32: routing changes; {list_names(sorted(rounded))}"
 
 
 def _index_oddities(checkpoint: Checkpoint) -> Iterator[str]:
@@ -183,7 +181,3 @@ def _index_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     if stated != checkpoint.nbytes:
         shown = f"{stated:,}" if isinstance(stated, int) else str(stated)[:50]
         yield f"the index says total_size {shown}, the tensors have {checkpoint.nbytes:,} bytes"
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")

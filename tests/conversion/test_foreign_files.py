@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from filelock import FileLock
 
 import dsv3_tools
+from dsv3_tools.conversion import executor
 from dsv3_tools.errors import DestinationError
 
 
@@ -57,3 +59,21 @@ def test_a_manifest_with_paths_in_it_removes_nothing_outside(fp8_checkpoint, tmp
     (out / "dsv3_manifest.json").write_bytes(encode_manifest({"files": {"../victim.txt": {}}}))
     dsv3_tools.convert_fp8_to_bf16(fp8_checkpoint, out, overwrite=True, device="cpu")
     assert (tmp_path / "victim.txt").read_text() == "mine"
+
+
+def test_a_run_that_begins_during_the_checks_keeps_the_second_out(fp8_checkpoint, tmp_path, monkeypatch):
+    """The working folder appears between the first look and the lock: the lock must be taken all the same."""
+    out = tmp_path / "out"
+    other = FileLock(out / ".dsv3" / "lock")
+
+    def begin_elsewhere(*_args, **_options):
+        (out / ".dsv3").mkdir(parents=True)
+        other.acquire()
+
+    monkeypatch.setattr(executor, "check_scales", begin_elsewhere)
+    try:
+        with pytest.raises(DestinationError, match="is writing to it"):
+            dsv3_tools.convert_fp8_to_bf16(fp8_checkpoint, out, device="cpu")
+    finally:
+        other.release()
+    assert not list(out.glob("*.safetensors"))
