@@ -14,10 +14,6 @@ core, one block row at a time: 9 GB/s of FP8 with that check, 5.5 GB/s if every 
 Left out: a table of 256 BF16 values per block. A gather per element does not vectorize: 0.5 GB/s. Also
 left out: reading code bits as a subnormal float32 (code x 2**-120), one instruction shorter but half as
 fast, since subnormal operands are slow in hardware.
-
-Types: numba widens integers to 64 bits, which quarters the vector speed, hence a `uint32(...)`
-around each operation. All compiled code is in this one file because numba's cache on disk notices
-changes to the file of the function called, not to those of the functions it calls.
 """
 
 from __future__ import annotations
@@ -27,32 +23,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from dsv3_tools.errors import FormatError
+from dsv3_tools.kernels.cpu_bits import (
+    BITS,
+    INFINITY,
+    MAGNITUDE,
+    NAN,
+    REBIAS,
+    SAFE_SCALE,
+    as_bytes,
+    as_float32,
+    as_uint32,
+    check_tensors,
+    count_blocks,
+    decode_e4m3,
+    has_nan_code,
+    narrow,
+    round_to_bfloat16,
+    widen,
+    without_sign,
+)
 from dsv3_tools.kernels.jit import cached, compiled, inlined
 
 __all__ = ["dequantize_fp8_block_into", "quantize_fp8_block_into"]
 
 float32, uint8, uint16, uint32 = np.float32, np.uint8, np.uint16, np.uint32
 
-_MAGNITUDE = uint32(0x7FFF_FFFF)
-_INFINITY = uint32(0x7F80_0000)
-_NAN = uint32(0x7FC0_0000)
 _TOP = uint32(0xFFF0_0000)  # sign, exponent and three mantissa bits of a float32: what FP8 can hold
 _BITS_448 = uint32(0x43E0_0000)
 _BITS_SMALLEST_NORMAL = uint32(0x3C80_0000)  # 2**-6
-_REBIAS = uint32(120)  # exponent bias of float32 (127) - that of e4m3 (7)
 _SPACING_512TH = float32(2.0**14)  # around 2**14 neighbours are 2**-9 apart, like e4m3's subnormals
 _BITS_SPACING_512TH = uint32(0x4680_0000)
-_SAFE_SCALE = float32(2.0**119)  # 448 x 2**119 is under BF16's largest number: no overflow below
 _TILE_COLUMNS = 1024  # 128 rows of it in BF16 are 256 KB: the second pass finds them in L2 cache
-
-# Views of torch storage as the unsigned integers that the kernels work on.
-_BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 
 
 def dequantize_fp8_block_into(
@@ -66,8 +69,8 @@ def dequantize_fp8_block_into(
     counts = torch.empty(len(codes), dtype=torch.int32)
     for i, (code, scale, out) in enumerate(zip(codes, scales, outs, strict=True)):
         where = f"dequantize_fp8_block_into, item {i}"
-        _check(where, code, scale, out, block_size=block_size, dtypes=tuple(_BITS))
-        counts[i] = _dequantize(_bytes(code), scale.numpy(), out.view(_BITS[out.dtype]).numpy(), *block_size)
+        _check(where, code, scale, out, block_size=block_size, dtypes=tuple(BITS))
+        counts[i] = _dequantize(as_bytes(code), scale.numpy(), out.view(BITS[out.dtype]).numpy(), *block_size)
     return counts
 
 
@@ -90,17 +93,13 @@ def quantize_fp8_block_into(
     for i, (weight, code, scale) in enumerate(zip(weights, codes, scales, strict=True)):
         like = scale if likes is None else likes[i]
         where = f"quantize_fp8_block_into, item {i}"
-        _check(where, code, scale, weight, block_size=block_size, dtypes=(*_BITS, torch.float16))
-        if like.shape != scale.shape or like.dtype != torch.float32 or not like.is_contiguous():
-            raise FormatError(
-                f"{where}: likes of {tuple(like.shape)} {like.dtype}, "
-                f"expected contiguous {tuple(scale.shape)} torch.float32"
-            )
+        _check(where, code, scale, weight, block_size=block_size, dtypes=(*BITS, torch.float16))
+        check_tensors(where, ("likes", like, scale.shape, (torch.float32,)))
         # float16 is not a format that DeepSeek-V3 checkpoints come in: exact, but through a copy.
         values = weight.to(torch.float32) if weight.dtype == torch.float16 else weight
         counts[i] = _quantize(
-            values.view(_BITS[values.dtype]).numpy(),
-            _bytes(code),
+            values.view(BITS[values.dtype]).numpy(),
+            as_bytes(code),
             scale.numpy(),
             like.numpy(),
             likes is not None,
@@ -108,10 +107,6 @@ def quantize_fp8_block_into(
             *block_size,
         )
     return counts
-
-
-def _bytes(code: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return code.view(torch.uint8).numpy()
 
 
 def _check(
@@ -124,107 +119,32 @@ def _check(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Raises FormatError where the kernels would read or write outside of a tensor."""
-    if code.dim() != 2 or min(block_size) < 1:
-        raise FormatError(
-            f"{where}: codes of {tuple(code.shape)} in blocks of {block_size}, expected "
-            "[rows, columns] and positive block sizes"
-        )
-    blocks = tuple(-(-size // block) for size, block in zip(code.shape, block_size, strict=True))
-    for name, tensor, shape, allowed in (
+    blocks = count_blocks(where, code.shape, block_size)
+    check_tensors(
+        where,
         ("codes", code, code.shape, (torch.float8_e4m3fn,)),
         ("scales", scale, blocks, (torch.float32,)),
         ("weights", weight, code.shape, dtypes),
-    ):
-        if tensor.shape != shape or tensor.dtype not in allowed or not tensor.is_contiguous():
-            raise FormatError(
-                f"{where}: {name} of {tuple(tensor.shape)} {tensor.dtype} with strides "
-                f"{tensor.stride()}, expected contiguous {tuple(shape)} {' or '.join(map(str, allowed))}"
-            )
+    )
 
 
 # --------------------------------------------------------------------------------------------- one number
 
 
-def _to_float32(_context: Any, _bits: Any) -> Any:
-    return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
-
-
-def _to_uint32(_context: Any, _number: Any) -> Any:
-    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-# `Any`, since numba's own annotation asks callers for the context.
-_as_float32: Any = intrinsic(_to_float32)  # the float32 with the bits of a uint32
-_as_uint32: Any = intrinsic(_to_uint32)  # the bits of a float32
-
-
-def _widen(bits: Any) -> Any:
-    """Returns the float32 bits of BF16 bits (uint16) or of float32 bits (uint32, unchanged)."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_widen, inline="always")
-def _widen_overload(bits):  # type: ignore[no-untyped-def]  # numba wants them bare
-    if bits == types.uint16:
-        return lambda bits: uint32(uint32(bits) << uint32(16))
-    return lambda bits: bits
-
-
-def _narrow(bits: Any, row: Any) -> Any:
-    """Returns float32 bits rounded to nearest even to BF16 if `row` holds uint16, else unchanged."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_narrow, inline="always")
-def _narrow_overload(bits, row):  # type: ignore[no-untyped-def]  # noqa: ARG001  (numba matches names)
-    if row.dtype == types.uint16:
-        return lambda bits, row: uint16(_round_to_bfloat16(bits) >> uint32(16))  # noqa: ARG005
-    return lambda bits, row: bits  # noqa: ARG005
-
-
-def _magnitude(bits: Any) -> Any:
-    """Returns BF16 or float32 bits without the sign: ordered like the magnitudes they stand for."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_magnitude, inline="always")
-def _magnitude_overload(bits):  # type: ignore[no-untyped-def]
-    if bits == types.uint16:
-        return lambda bits: uint16(bits & uint16(0x7FFF))
-    return lambda bits: uint32(bits & _MAGNITUDE)
-
-
-@inlined
-def _round_to_bfloat16(bits: Any) -> Any:
-    """Returns the bits of the BF16 number nearest to a float32 that is not NaN; lower half unspecified."""
-    odd = uint32(uint32(bits >> uint32(16)) & uint32(1))
-    return uint32(uint32(bits + uint32(0x7FFF)) + odd)
-
-
-@inlined
-def _decode(code: Any) -> Any:
-    """Returns the float32 of an e4m3 code; 0x7F and 0xFF, which are NaN, come out as +-480."""
-    magnitude = uint32(code & uint8(0x7F))
-    normal = _as_float32(uint32(uint32(magnitude << uint32(20)) + uint32(_REBIAS << uint32(23))))
-    subnormal = float32(np.int32(magnitude)) * float32(2.0**-9)
-    value = subnormal if magnitude < uint32(8) else normal
-    return _as_float32(uint32(_as_uint32(value) | uint32(uint32(code & uint8(0x80)) << uint32(24))))
-
-
 @inlined
 def _encode(quotient: Any) -> Any:
     """Returns the e4m3 code nearest to a float32 clamped to +-448, and the float32 bits it decodes to."""
-    bits = _as_uint32(quotient)
-    magnitude = min(uint32(bits & _MAGNITUDE), _BITS_448)
+    bits = as_uint32(quotient)
+    magnitude = min(uint32(bits & MAGNITUDE), _BITS_448)
     odd = uint32(uint32(magnitude >> uint32(20)) & uint32(1))
     rounded = uint32(uint32(magnitude + uint32(0x7_FFFF)) + odd)
     # The addition rounds to a multiple of 2**-9, to nearest even: all that e4m3 has below 2**-6.
-    shifted = _as_float32(magnitude) + _SPACING_512TH
+    shifted = as_float32(magnitude) + _SPACING_512TH
     small = magnitude < _BITS_SMALLEST_NORMAL
-    subnormal_code = uint32(_as_uint32(shifted) - _BITS_SPACING_512TH)
-    normal_code = uint32(uint32(rounded >> uint32(20)) - uint32(_REBIAS << uint32(3)))
+    subnormal_code = uint32(as_uint32(shifted) - _BITS_SPACING_512TH)
+    normal_code = uint32(uint32(rounded >> uint32(20)) - uint32(REBIAS << uint32(3)))
     code = subnormal_code if small else normal_code
-    subnormal_value = _as_uint32(shifted - _SPACING_512TH)
+    subnormal_value = as_uint32(shifted - _SPACING_512TH)
     value = subnormal_value if small else uint32(rounded & _TOP)
     sign = uint32(bits & uint32(0x8000_0000))
     return uint8(code | uint32(sign >> uint32(24))), uint32(value | sign)
@@ -234,17 +154,9 @@ def _encode(quotient: Any) -> Any:
 
 
 @compiled
-def _has_nan_code(codes: Any) -> Any:
-    largest = uint8(0)
-    for j in range(codes.size):
-        largest = max(largest, uint8(codes[j] & uint8(0x7F)))
-    return largest == uint8(0x7F)
-
-
-@compiled
 def _dequantize_row(codes: Any, scale: Any, out: Any) -> None:
     for j in range(codes.size):
-        out[j] = _narrow(_as_uint32(_decode(codes[j]) * scale[j]), out)
+        out[j] = narrow(as_uint32(decode_e4m3(codes[j]) * scale[j]), out)
 
 
 @compiled
@@ -252,18 +164,18 @@ def _dequantize_row_counted(codes: Any, scale: Any, out: Any) -> Any:
     """Like `_dequantize_row`, for any code and scale; returns how many elements are not finite."""
     count = uint32(0)
     for j in range(codes.size):
-        bits = _as_uint32(_decode(codes[j]) * scale[j])
-        nan = (codes[j] & uint8(0x7F)) == uint8(0x7F) or uint32(bits & _MAGNITUDE) > _INFINITY
-        spelled = _narrow(_NAN if nan else bits, out)
+        bits = as_uint32(decode_e4m3(codes[j]) * scale[j])
+        nan = (codes[j] & uint8(0x7F)) == uint8(0x7F) or uint32(bits & MAGNITUDE) > INFINITY
+        spelled = narrow(NAN if nan else bits, out)
         out[j] = spelled
-        count = uint32(count + uint32(uint32(_widen(spelled) & _MAGNITUDE) >= _INFINITY))
+        count = uint32(count + uint32(uint32(widen(spelled) & MAGNITUDE) >= INFINITY))
     return count
 
 
 @compiled
 def _raise_to_magnitude(largest: Any, weights: Any) -> None:
     for j in range(weights.size):
-        largest[j] = max(largest[j], _magnitude(weights[j]))
+        largest[j] = max(largest[j], without_sign(weights[j]))
 
 
 @compiled
@@ -271,8 +183,8 @@ def _raise_to_finite_magnitude(largest: Any, weights: Any) -> Any:
     """Like `_raise_to_magnitude`, without the elements that are not finite; returns their number."""
     count = 0
     for j in range(weights.size):
-        magnitude = _magnitude(weights[j])
-        if uint32(_widen(magnitude)) >= _INFINITY:
+        magnitude = without_sign(weights[j])
+        if uint32(widen(magnitude)) >= INFINITY:
             count += 1
         elif magnitude > largest[j]:
             largest[j] = magnitude
@@ -282,21 +194,21 @@ def _raise_to_finite_magnitude(largest: Any, weights: Any) -> Any:
 @compiled
 def _quantize_row(weights: Any, scale: Any, codes: Any) -> None:
     for j in range(weights.size):
-        bits = _widen(weights[j])
-        code, _ = _encode(_as_float32(bits) / scale[j])
-        codes[j] = uint8(0x7F) if uint32(bits & _MAGNITUDE) >= _INFINITY else code
+        bits = widen(weights[j])
+        code, _ = _encode(as_float32(bits) / scale[j])
+        codes[j] = uint8(0x7F) if uint32(bits & MAGNITUDE) >= INFINITY else code
 
 
 @compiled
 def _quantize_row_compared(weights: Any, scale: Any, codes: Any, changed: Any) -> None:
     """Like `_quantize_row`; sets bits of `changed` where the code does not decode back to the weight."""
     for j in range(weights.size):
-        bits = _widen(weights[j])
-        code, value = _encode(_as_float32(bits) / scale[j])
-        back = uint32(_round_to_bfloat16(_as_uint32(_as_float32(value) * scale[j])) & uint32(0xFFFF_0000))
-        infinite = uint32(bits & _MAGNITUDE) >= _INFINITY
+        bits = widen(weights[j])
+        code, value = _encode(as_float32(bits) / scale[j])
+        back = uint32(round_to_bfloat16(as_uint32(as_float32(value) * scale[j])) & uint32(0xFFFF_0000))
+        infinite = uint32(bits & MAGNITUDE) >= INFINITY
         codes[j] = uint8(0x7F) if infinite else code
-        changed[j] = uint32(changed[j] | uint32((_NAN if infinite else back) ^ bits))
+        changed[j] = uint32(changed[j] | uint32((NAN if infinite else back) ^ bits))
 
 
 # ----------------------------------------------------------------------------------------- rows of blocks
@@ -311,9 +223,9 @@ def _dequantize(codes: Any, scales: Any, out: Any, block_rows: int, block_column
         safe = True
         for k in range(scales.shape[1]):
             spread[k * block_columns : (k + 1) * block_columns] = scales[i, k]
-            safe &= abs(scales[i, k]) < _SAFE_SCALE  # False for NaN
+            safe &= abs(scales[i, k]) < SAFE_SCALE  # False for NaN
         for r in range(i * block_rows, min((i + 1) * block_rows, rows)):
-            if safe and not _has_nan_code(codes[r]):
+            if safe and not has_nan_code(codes[r]):
                 _dequantize_row(codes[r], spread, out[r])
             else:
                 count += _dequantize_row_counted(codes[r], spread, out[r])
@@ -353,7 +265,7 @@ def _quantize(
                 if has_likes and changed[a:b].max() == uint32(0):
                     scales[i, k] = likes[i, k]
                 else:
-                    scales[i, k] = _block_scale(_as_float32(_widen(largest[a:b].max())), ue8m0)
+                    scales[i, k] = _block_scale(as_float32(widen(largest[a:b].max())), ue8m0)
                     fresh = True
                 spread[a:b] = scales[i, k]
             if fresh:
@@ -368,7 +280,7 @@ def _largest_magnitudes(weights: Any, largest: Any, top: int, bottom: int, left:
     largest[:] = 0
     for r in range(top, bottom):
         _raise_to_magnitude(largest, weights[r, left:right])
-    if uint32(_widen(largest.max())) < _INFINITY:
+    if uint32(widen(largest.max())) < INFINITY:
         return 0
     count = 0
     largest[:] = 0
@@ -420,4 +332,4 @@ def _block_scale(largest: Any, ue8m0: bool) -> Any:
     if not ue8m0:
         return quotient
     # Rounds up to a power of two; a subnormal quotient becomes 2**-126, the definition's minimum.
-    return _as_float32(uint32(uint32(_as_uint32(quotient) + uint32(0x007F_FFFF)) & _INFINITY))
+    return as_float32(uint32(uint32(as_uint32(quotient) + uint32(0x007F_FFFF)) & INFINITY))

@@ -24,6 +24,8 @@ __all__ = [
     "fp8_block_scale",
     "quantize_fp8_block",
     "round_up_to_power_of_two",
+    "spread_blocks",
+    "with_one_nan",
 ]
 
 FP8_MAX = 448.0
@@ -49,8 +51,8 @@ def dequantize_fp8_block(
         block_size: rows and columns that share a scale.
         dtype: bfloat16 or float32.
     """
-    product = codes.to(torch.float32) * _spread(scale, codes.shape, block_size)
-    return _with_one_nan(product, dtype)
+    product = codes.to(torch.float32) * spread_blocks(scale, codes.shape, block_size)
+    return with_one_nan(product, dtype)
 
 
 def quantize_fp8_block(
@@ -110,14 +112,14 @@ def round_up_to_power_of_two(x: Tensor) -> Tensor:
 
 
 def _encode(values: Tensor, scale: Tensor, block_size: tuple[int, int]) -> Tensor:
-    quotient = values / _spread(scale, values.shape, block_size)
+    quotient = values / spread_blocks(scale, values.shape, block_size)
     codes = quotient.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     nan_code = torch.full_like(codes, 0x7F)
     return torch.where(torch.isfinite(values), codes, nan_code).view(torch.float8_e4m3fn)
 
 
-def _with_one_nan(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds float32 `values` to `dtype`; torch's vectorized cast alone would spell NaN as 0xFFFF."""
+def with_one_nan(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds float32 `values` to `dtype`, any NaN spelt the one way; torch's vectorized cast writes 0xFFFF."""
     rounded = values.to(dtype)
     bits, nan = {
         torch.bfloat16: (torch.int16, 0x7FC0),
@@ -127,7 +129,7 @@ def _with_one_nan(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isnan(values), spelled, rounded.view(bits)).view(dtype)
 
 
-def _spread(scale: Tensor, shape: torch.Size, block_size: tuple[int, int]) -> Tensor:
+def spread_blocks(scale: Tensor, shape: torch.Size, block_size: tuple[int, int]) -> Tensor:
     """Repeats each block's scale over the block: `[block rows, block columns]` -> `shape`."""
     rows, columns = shape
     return scale.repeat_interleave(block_size[0], 0)[:rows].repeat_interleave(block_size[1], 1)[:, :columns]
