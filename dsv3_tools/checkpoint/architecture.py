@@ -30,13 +30,14 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     }
 
 
-def differences(config: ModelConfig, specs: Mapping[str, TensorSpec], scale_suffix: str) -> Iterator[str]:
-    """Yields how a checkpoint's tensors differ from those that its `config.json` promises.
+def differences(config: ModelConfig, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Yields how a checkpoint's parameters differ from those that its `config.json` promises.
 
-    Names that end in `scale_suffix` and rotary caches (`inv_freq`, in some older files) do not count.
+    `specs` has them as an unquantized checkpoint would. Rotary caches (`inv_freq`, in some older files) do
+    not count.
     """
     expected = dense_tensors(config)
-    found = {name for name in specs if not name.endswith((scale_suffix, ".inv_freq"))}
+    found = {name for name in specs if not name.endswith(".inv_freq")}
     missing = sorted(expected.keys() - found)
     mtp = tuple(f"model.layers.{layer}." for layer in config.mtp_layers)
     if mtp and not any(name.startswith(mtp) for name in found):

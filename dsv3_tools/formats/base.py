@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from dsv3_tools.checkpoint.dtypes import torch_dtype
 from dsv3_tools.checkpoint.specs import TensorSpec
@@ -27,11 +27,39 @@ class Format(ABC):
     """
 
     name: str
+    weight_part: ClassVar[str] = "weight"
+    """The part that holds the elements or their codes; its tensor's name is the weight's in messages."""
 
     @property
     @abstractmethod
-    def row_alignment(self) -> int:
-        """Rows that must stay together: a stripe that starts at a multiple of it is coded alone."""
+    def code_dtype(self) -> str:
+        """Element type of `weight_part`."""
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of all parts."""
+        return tuple(self.parts((128, 128)))
+
+    @property
+    def scale_part(self) -> str | None:
+        """The part that holds the scales, each finite and positive; None without scales."""
+        return None
+
+    @property
+    @abstractmethod
+    def row_alignment(self) -> int | None:
+        """Rows that must stay together: a stripe that starts at a multiple of it is coded alone.
+
+        None where the parts are not stored row by row: such a weight is only coded whole.
+        """
+
+    @abstractmethod
+    def shape_of(self, code_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the weight whose `weight_part` has `code_shape`.
+
+        Raises:
+            FormatError: no weight's codes have this shape.
+        """
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
@@ -40,6 +68,18 @@ class Format(ABC):
         Raises:
             FormatError: no weight of this shape can be stored so.
         """
+
+    def fixed(self, shape: tuple[int, ...]) -> dict[str, bytes]:  # noqa: ARG002
+        """Returns the content of the parts that follow from the shape alone; nobody decodes them."""
+        return {}
+
+    def fitted(self, specs: Mapping[str, TensorSpec]) -> Format:  # noqa: ARG002
+        """Returns the variant of this format that has parts of these dtypes, where config.json is silent."""
+        return self
+
+    def same_bytes(self, other: Format) -> bool:
+        """Whether every weight's parts, in order, have the same bytes in both formats."""
+        return self == other
 
     @abstractmethod
     def decode_into(self, items: Sequence[Parts], outs: Sequence[Tensor]) -> Tensor:
@@ -52,10 +92,6 @@ class Format(ABC):
     def encode_into(self, weights: Sequence[Tensor], outs: Sequence[Parts]) -> Tensor:
         """Writes `weights` into the parts `outs`; returns int32 counts of non-finite elements read."""
 
-    def quantization_config(self) -> dict[str, Any] | None:
-        """Returns what `config.json` says of weights in this format; None for unquantized ones."""
-        return None
-
     def decode(self, parts: Parts, *, dtype: str = "BF16") -> Tensor:
         """Returns the weight that `parts` store, rounded once to `dtype` ("BF16" or "F32").
 
@@ -65,7 +101,7 @@ class Format(ABC):
         import torch
 
         shape = check_parts(self, parts)
-        out = torch.empty(shape, dtype=torch_dtype(dtype), device=parts["weight"].device)
+        out = torch.empty(shape, dtype=torch_dtype(dtype), device=parts[self.weight_part].device)
         self.decode_into([parts], [out])
         return out
 
@@ -77,11 +113,15 @@ class Format(ABC):
         """
         import torch
 
-        specs = self.parts(tuple(weight.shape))
+        shape = tuple(weight.shape)
+        specs = self.parts(shape)
         out = {
             part: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=weight.device)
             for part, spec in specs.items()
         }
+        for part, content in self.fixed(shape).items():
+            known = torch.frombuffer(bytearray(content), dtype=torch_dtype(specs[part].dtype))
+            out[part].copy_(known.reshape(specs[part].shape))
         self.encode_into([weight.contiguous()], [out])
         return out
 
@@ -92,9 +132,9 @@ def check_parts(fmt: Format, parts: Parts) -> tuple[int, ...]:
     Raises:
         FormatError: a part is missing, unknown or of another dtype or shape.
     """
-    if "weight" not in parts:
-        raise FormatError(f"{fmt.name}: no part 'weight' among {sorted(parts)}")
-    shape = tuple(parts["weight"].shape)
+    if fmt.weight_part not in parts:
+        raise FormatError(f"{fmt.name}: no part {fmt.weight_part!r} among {sorted(parts)}")
+    shape = fmt.shape_of(tuple(parts[fmt.weight_part].shape))
     expected = fmt.parts(shape)
     if expected.keys() != parts.keys():
         raise FormatError(f"{fmt.name}: got the parts {sorted(parts)}, expected {sorted(expected)}")

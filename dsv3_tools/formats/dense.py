@@ -37,9 +37,18 @@ class Dense(Format):
         return self.dtype.lower()
 
     @property
+    def code_dtype(self) -> str:
+        """The dtype of the weight itself."""
+        return self.dtype
+
+    @property
     def row_alignment(self) -> int:
         """Any row may be split off."""
         return 1
+
+    def shape_of(self, code_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns `code_shape`."""
+        return code_shape
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Returns the one part "weight"."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import FormatError
-from dsv3_tools.formats import FORMATS, Dense, FP8Block, check_parts
+from dsv3_tools.formats import FORMATS, Dense, Format, FP8Block, INT8Block, check_parts
 from dsv3_tools.kernels import reference
 from tests.formats.weights import bits, expected_parts, expected_weight, make_weight
 
@@ -151,7 +151,6 @@ def test_configurations_of_the_releases() -> None:
     }
     assert FP8Block().quantization_config() == release
     assert FP8Block(scale_fmt="ue8m0").quantization_config() == release | {"scale_fmt": "ue8m0"}
-    assert Dense().quantization_config() is None
 
 
 RELEASE: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -233,6 +232,37 @@ def test_sizes_of_other_blocks() -> None:
     for name, expected in expected_parts(fmt, weight).items():
         assert bits(parts[name]) == bits(expected)
     assert bits(fmt.decode(parts)) == bits(expected_weight(fmt, parts, torch.bfloat16))
+
+
+# Other names, the same bytes.
+
+
+def test_a_format_of_the_same_bytes_needs_no_recoding() -> None:
+    named = FP8Block(scale_name="weight_scale")
+    powers = FP8Block(scale_fmt="ue8m0")
+    assert FP8Block().same_bytes(named)
+    assert named.same_bytes(FP8Block())
+    assert powers.same_bytes(FP8Block()), "powers of two are float32, too"
+    assert powers.same_bytes(named)
+    assert not FP8Block().same_bytes(powers), "float32 scales are not all powers of two"
+    assert not named.same_bytes(powers)
+    others: list[Format] = [FP8Block((64, 128)), FP8Block(inverse_scales=True), Dense(), INT8Block()]
+    for other in others:
+        assert not FP8Block().same_bytes(other)
+        assert not other.same_bytes(FP8Block())
+
+
+def test_scales_under_another_name() -> None:
+    weight, fmt = make_weight((300, 200)), FP8Block(scale_name="weight_scale")
+    parts = fmt.encode(weight)
+    assert fmt.part_names == tuple(parts) == ("weight", "weight_scale")
+    assert fmt.scale_part == "weight_scale"
+    usual = FP8Block().encode(weight)
+    assert [bits(part) for part in parts.values()] == [bits(part) for part in usual.values()]
+    assert bits(fmt.decode(parts)) == bits(FP8Block().decode(usual))
+    for other, wrong in ((FP8Block(), parts), (fmt, usual)):
+        with pytest.raises(FormatError, match="got the parts"):
+            other.decode(wrong)
 
 
 # Scales that are stored as reciprocals.
