@@ -1,7 +1,9 @@
-"""Measures the Triton FP8 block kernels against a device-to-device copy and DeepSeek's kernel.
+"""Measures the Triton kernels against a device-to-device copy and, for FP8 to BF16, DeepSeek's kernel.
 
     python benchmarks/gpu_kernels.py [--json FILE]     every row of the targets, under a minute on an H200
+    python benchmarks/gpu_kernels.py --only integer    INT8 and INT4 alone (or: fp8)
     python benchmarks/gpu_kernels.py --sweep           tile configurations, the best ones first
+    python benchmarks/gpu_kernels.py --sweep --only integer
 
 A ratio is (bytes in + bytes out) / time / what a large copy moves in the same run, read and written.
 Random data; buffers rotate over more than the L2 cache. A time is the median of event pairs, one around
@@ -28,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3_tools.kernels import triton_integer
 from dsv3_tools.kernels.triton_fp8_block import (
     DEQUANTIZE_TILING,
     QUANTIZE_TILING,
@@ -215,6 +218,124 @@ def measure_mixed(report: Report) -> None:
         report.add(f"BF16 -> FP8, {name}", "ours", median_ms([mixed.quantize]), mixed.nbytes)
 
 
+class IntegerWeights:
+    """The same weights as FP8, BF16, INT8 and INT4 in groups of 128, in device memory."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+        self.fp8 = Weights.random(shapes)
+        device: dict[str, Any] = {"device": "cuda"}
+        self.int8 = [torch.empty(shape, dtype=torch.int8, **device) for shape in shapes]
+        self.block_scales = [torch.empty_like(scale) for scale in self.fp8.scales]
+        self.row_scales = [torch.empty(rows, 1, **device) for rows, _ in shapes]
+        self.packed = [torch.empty(r, c // 8, dtype=torch.int32, **device) for r, c in shapes]
+        self.group_scales = [torch.empty(r, c // 128, dtype=torch.bfloat16, **device) for r, c in shapes]
+        self.zeros = [torch.empty(r, c // 128, dtype=torch.uint8, **device) for r, c in shapes]
+        self.bf16 = self.fp8.weights
+
+    def operations(self) -> dict[str, tuple[Callable[..., Tensor], list[list[Tensor]], float | None]]:
+        """Returns each operation, what it reads and writes, and what it must reach."""
+        codes, scales = self.fp8.codes, self.fp8.scales
+        fp8: dict[str, Any] = {"fp8_scales": scales}
+        int8_block, int8_channel = [self.int8, self.block_scales], [self.int8, self.row_scales]
+        int4, int4_asymmetric = [self.packed, self.group_scales], [self.packed, self.group_scales, self.zeros]
+        ops, bind = triton_integer, functools.partial
+        found: dict[str, tuple[Callable[..., Tensor], list[list[Tensor]], float | None]] = {}
+        for name, weights, options, read, target in (
+            ("FP8", codes, fp8, [codes, scales], 0.80),
+            ("BF16", self.bf16, {}, [self.bf16], None),
+        ):
+            block = bind(ops.quantize_int8_block_into, weights, *int8_block, **options)
+            channel = bind(ops.quantize_int8_channel_into, weights, *int8_channel, **options)
+            found[f"{name} -> INT8 block"] = block, read + int8_block, target
+            found[f"{name} -> INT8 channel"] = channel, read + int8_channel, target
+            for search in ("absmax", "mse"):
+                call = bind(ops.quantize_int4_group_into, weights, *int4, None, search=search, **options)
+                wanted = target if search == "absmax" else None
+                found[f"{name} -> INT4 g128 {search}"] = call, read + int4, wanted
+        for search in ("absmax", "mse"):
+            call = bind(ops.quantize_int4_group_into, codes, *int4_asymmetric, search=search, **fp8)
+            found[f"FP8 -> INT4 g128 asymmetric {search}"] = call, [codes, scales, *int4_asymmetric], None
+        outs = [self.bf16]
+        found["INT8 block -> BF16"] = (
+            bind(ops.dequantize_int8_block_into, *int8_block, *outs), int8_block + outs, 0.80
+        )  # fmt: skip
+        found["INT8 channel -> BF16"] = (
+            bind(ops.dequantize_int8_channel_into, *int8_channel, *outs), int8_channel + outs, 0.80
+        )  # fmt: skip
+        found["INT4 g128 -> BF16"] = (
+            bind(ops.dequantize_int4_group_into, *int4, None, *outs), int4 + outs, 0.80
+        )  # fmt: skip
+        found["INT4 g128 asymmetric -> BF16"] = (
+            bind(ops.dequantize_int4_group_into, *int4_asymmetric, *outs), int4_asymmetric + outs, None
+        )  # fmt: skip
+        return found
+
+
+def nbytes_of(lists: Sequence[Sequence[Tensor]]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensors in lists for tensor in tensors)
+
+
+def measure_integers(report: Report) -> None:
+    weights = IntegerWeights(SHARD)
+    for name, (call, lists, target) in weights.operations().items():
+        num_timed = 5 if "mse" in name else 15
+        ms = median_ms([call], num_timed=num_timed)
+        report.add(f"{name}, {len(SHARD)} experts", "ours", ms, nbytes_of(lists), target)
+
+
+def integer_candidates(name: str) -> list[Tiling]:
+    """Returns the tilings to try for an operation of `IntegerWeights`."""
+    if "-> BF16" in name:
+        sizes = ((4, 1024), (2, 1024), (8, 1024), (4, 512), (8, 512), (4, 2048), (16, 256), (2, 2048))
+        return [Tiling(r, c, v, w) for r, c in sizes for v, w in ((8, 4), (16, 4), (8, 8))]
+    if "channel" in name:
+        sizes = ((1, 1024), (1, 2048), (1, 4096), (2, 1024), (2, 2048), (4, 1024))
+        return [Tiling(r, c, 16, w) for r, c in sizes for w in (1, 2, 4, 8) if 512 <= r * c // w <= 1024]
+    if "block" in name:
+        return [Tiling(r, 128, 16, w, m) for r in (16, 32, 64, 128) for w in (4, 8) for m in (0, 64)]
+    sizes = ((4, 512), (8, 512), (16, 512), (32, 128), (64, 128), (8, 256), (16, 256), (4, 1024), (32, 256))
+    limits = (0, 128) if "mse" in name else (0, 80, 96, 128)
+    return [
+        Tiling(r, c, 16, w, m)
+        for r, c in sizes
+        for w in (2, 4, 8)
+        for m in limits
+        if 512 <= r * c // w <= 2048
+    ]
+
+
+def compile_integer(name: str, tiling: Tiling) -> str:
+    """As `compile_in_a_worker`, for an operation of `IntegerWeights`."""
+    try:
+        IntegerWeights([(128, 2048)] * 2).operations()[name][0](tiling=tiling)
+        torch.cuda.synchronize()
+    except Exception as error:  # one configuration must not end the sweep
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def sweep_integers(report: Report, names: Sequence[str]) -> None:
+    weights = IntegerWeights(SHARD)
+    operations = weights.operations()
+    candidates = [(name, tiling) for name in names or operations for tiling in integer_candidates(name)]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(12, mp_context=context) as pool:
+        problems = list(pool.map(compile_integer, *zip(*candidates, strict=True)))
+    results: dict[str, list[tuple[float, Tiling]]] = {}
+    for (name, tiling), problem in zip(candidates, problems, strict=True):
+        if problem:
+            print(f"left out: {name} {tiling}: {problem[:200]}")
+            continue
+        call, lists, _ = operations[name]
+        ms = median_ms([functools.partial(call, tiling=tiling)], num_timed=3)
+        ratio = report.add(name, str(tiling), ms, nbytes_of(lists))
+        results.setdefault(name, []).append((ratio, tiling))
+    for name, rows in results.items():
+        print(f"\n{name}")
+        for ratio, tiling in sorted(rows, key=lambda row: -row[0])[:6]:
+            print(f"  {ratio:.3f} {tiling}")
+
+
 def measure(report: Report) -> None:
     for shape, target in ((GATE, 0.70), ((18432, 7168), 0.88), ((131072, 7168), 0.91)):
         measure_one(report, shape, target)
@@ -311,6 +432,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sweep", action="store_true", help="try tile configurations instead")
+    parser.add_argument("--only", choices=("fp8", "integer"), help="measure these kernels alone")
+    parser.add_argument(
+        "--names", nargs="*", default=[], help="with --sweep --only integer: these operations"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all rows there as well")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -318,9 +443,15 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", end="; ")
     print(f"copy {report.copy / 1e9:.0f} GB/s read + written")
     if arguments.sweep:
-        sweep(report)
+        if arguments.only == "integer":
+            sweep_integers(report, arguments.names)
+        else:
+            sweep(report)
     else:
-        measure(report)
+        if arguments.only != "integer":
+            measure(report)
+        if arguments.only != "fp8":
+            measure_integers(report)
         print()
         report.print()
     if arguments.json:

@@ -18,18 +18,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv3_tools.checkpoint.reader import Checkpoint
     from dsv3_tools.conversion.api import convert_bf16_to_fp8, convert_fp8_to_bf16
+    from dsv3_tools.conversion.api_deepseek_infer import convert_to_deepseek_infer
+    from dsv3_tools.conversion.api_integer import convert_int4_to_bf16, convert_int8_to_bf16
+    from dsv3_tools.conversion.api_quantize import quantize_int4, quantize_int8
     from dsv3_tools.conversion.executor import RunResult
     from dsv3_tools.conversion.plan import Plan
     from dsv3_tools.conversion.progress import Progress, Stop
     from dsv3_tools.conversion.ranks import Ranks
     from dsv3_tools.conversion.sample import SampleResult, sample
     from dsv3_tools.errors import Dsv3Error
+    from dsv3_tools.verify.check import CheckReport, check
     from dsv3_tools.verify.inspection import Inspection, inspect
     from dsv3_tools.verify.integrity import IntegrityReport, verify_integrity
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "Checkpoint",
     "Dsv3Error",
     "Inspection",
@@ -41,14 +46,21 @@ __all__ = [
     "SampleResult",
     "Stop",
     "__version__",
+    "check",
     "convert_bf16_to_fp8",
     "convert_fp8_to_bf16",
+    "convert_int4_to_bf16",
+    "convert_int8_to_bf16",
+    "convert_to_deepseek_infer",
     "inspect",
+    "quantize_int4",
+    "quantize_int8",
     "sample",
     "verify_integrity",
 ]
 
 _HOMES = {
+    "CheckReport": "dsv3_tools.verify.check",
     "Checkpoint": "dsv3_tools.checkpoint.reader",
     "Dsv3Error": "dsv3_tools.errors",
     "Inspection": "dsv3_tools.verify.inspection",
@@ -59,9 +71,15 @@ _HOMES = {
     "RunResult": "dsv3_tools.conversion.executor",
     "SampleResult": "dsv3_tools.conversion.sample",
     "Stop": "dsv3_tools.conversion.progress",
+    "check": "dsv3_tools.verify.check",
     "convert_bf16_to_fp8": "dsv3_tools.conversion.api",
     "convert_fp8_to_bf16": "dsv3_tools.conversion.api",
+    "convert_int4_to_bf16": "dsv3_tools.conversion.api_integer",
+    "convert_int8_to_bf16": "dsv3_tools.conversion.api_integer",
+    "convert_to_deepseek_infer": "dsv3_tools.conversion.api_deepseek_infer",
     "inspect": "dsv3_tools.verify.inspection",
+    "quantize_int4": "dsv3_tools.conversion.api_quantize",
+    "quantize_int8": "dsv3_tools.conversion.api_quantize",
     "sample": "dsv3_tools.conversion.sample",
     "verify_integrity": "dsv3_tools.verify.integrity",
 }

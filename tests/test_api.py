@@ -14,8 +14,10 @@ import pytest
 
 import dsv3_tools
 from dsv3_tools import errors
+from dsv3_tools.cli import check as check_command
 from dsv3_tools.cli import convert as convert_commands
 from dsv3_tools.cli import inspect as inspect_command
+from dsv3_tools.cli import quantize as quantize_commands
 from dsv3_tools.cli import sample as sample_command
 from dsv3_tools.cli import verify as verify_commands
 from dsv3_tools.conversion.plan import Plan
@@ -24,9 +26,15 @@ from dsv3_tools.conversion.progress import Progress, Stop
 ROOT = Path(__file__).resolve().parents[1]
 
 COMMANDS: dict[str, click.Command] = {
+    "check": check_command.check,
     "convert_bf16_to_fp8": convert_commands.bf16_to_fp8,
     "convert_fp8_to_bf16": convert_commands.fp8_to_bf16,
+    "convert_to_deepseek_infer": convert_commands.to_deepseek_infer,
+    "convert_int4_to_bf16": convert_commands.int4_to_bf16,
+    "convert_int8_to_bf16": convert_commands.int8_to_bf16,
     "inspect": inspect_command.inspect,
+    "quantize_int4": quantize_commands.int4,
+    "quantize_int8": quantize_commands.int8,
     "sample": sample_command.sample,
     "verify_integrity": verify_commands.integrity,
 }
@@ -41,7 +49,11 @@ def keywords(function: Any) -> dict[str, python_inspect.Parameter]:
 
 def default_of(option: click.Option, context: click.Context) -> Any:
     """What a command gets when the option is not given; click has a mark of its own for "no default"."""
+    if option.required:
+        return python_inspect.Parameter.empty
     value = option.get_default(context)
+    if option.multiple:
+        return ()
     return value if isinstance(value, (bool, int, str)) else None
 
 

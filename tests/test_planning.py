@@ -21,7 +21,8 @@ import dsv3_tools
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.pieces import Piece, cut
-from dsv3_tools.conversion.plan import Plan, ShardPlan, Step, TensorRef, check_steps
+from dsv3_tools.conversion.checking import check_steps
+from dsv3_tools.conversion.plan import Plan, ShardPlan, Step, TensorRef
 from dsv3_tools.conversion.recode import plan_bf16_to_fp8, plan_fp8_to_bf16
 from dsv3_tools.errors import PlanError
 from dsv3_tools.formats import Dense, FP8Block

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, ModelConfig, parse_config
+from dsv3_tools.checkpoint.deepseek_infer import holds_ranks
 from dsv3_tools.checkpoint.dtypes import torch_dtype
 from dsv3_tools.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
@@ -241,4 +242,9 @@ def _check_directory(directory: Path) -> None:
         raise CheckpointError(
             f"{directory}: has a {WORK_FOLDER} folder, so a conversion into it has not finished; "
             "run that command again first"
+        )
+    if holds_ranks(directory):
+        raise CheckpointError(
+            f"{directory}: holds one shard for each rank of DeepSeek's inference demo, which nothing else "
+            "reads; expected a Hugging Face checkpoint, such as the one that it was made from"
         )

@@ -33,8 +33,9 @@ class ShardWriter:
 
     Use as a context manager: leaving it without `commit()` removes the temporary file.
 
-    The SHA-256 runs along with writes that arrive in file order; bytes that arrive out of order are
-    hashed from the page cache at the end (FP8 scales lie before their codes but are known after them).
+    The SHA-256 runs along with writes that arrive in file order. Bytes that arrive early are read back,
+    from the page cache, when it comes to them. Where it is stuck until the end (FP8 scales lie before
+    their codes but are known after them), all that follows is read back then.
 
     Args:
         final: where the shard will be, in an existing directory of the same filesystem as `folder`.
@@ -64,6 +65,7 @@ class ShardWriter:
         self._written = 0
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self._early: dict[int, int] = {}  # start and end of what was written beyond what is hashed
         self._hashing = ThreadPoolExecutor(1, "dsv3-hash") if hash_aside else None
         self._committed = False
         with destination_errors(final, f"creating a file of {nbytes:,} bytes"):
@@ -91,7 +93,8 @@ class ShardWriter:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Writes `data` at `offset` of the file; every byte of the file is written once."""
-        hashed = self._update_hash(data) if offset == self._hashed else None
+        in_order = offset == self._hashed
+        hashed = self._update_hash(data) if in_order else None
         done = 0
         with destination_errors(self._final, f"writing {len(data):,} bytes at {offset:,}"):
             while done < len(data):
@@ -101,6 +104,10 @@ class ShardWriter:
             start_writeback(self._descriptor, offset, len(data))
         if hashed is not None:
             hashed.result()
+        if in_order:
+            self._catch_up()
+        else:
+            self._early[offset] = offset + len(data)
 
     def commit(self, *, check: Callable[[], None] = lambda: None) -> str:
         """Checks the length, makes the file durable and visible; returns its SHA-256 in hexadecimal.
@@ -112,7 +119,7 @@ class ShardWriter:
                 f"{self._final}: {self._written:,} bytes were written, expected {self._nbytes:,}"
             )
         with destination_errors(self._final, f"reading {self._nbytes:,} bytes back for their SHA-256"):
-            self._hash_rest(check)
+            self._hash_until(self._nbytes, check)
         with destination_errors(self._final, f"making {self._nbytes:,} bytes durable"):
             publish(self._descriptor, self._temporary, self._final)
         self._committed = True
@@ -126,11 +133,17 @@ class ShardWriter:
         self._hash.update(data)
         return None
 
-    def _hash_rest(self, check: Callable[[], None]) -> None:
-        buffer = memoryview(bytearray(min(_READ_BACK_BYTES, self._nbytes - self._hashed)))
-        while self._hashed < self._nbytes:
+    def _catch_up(self) -> None:
+        """Hashes what was written early and is next."""
+        while self._hashed in self._early:
+            with destination_errors(self._final, "reading bytes back for their SHA-256"):
+                self._hash_until(self._early.pop(self._hashed), lambda: None)
+
+    def _hash_until(self, end: int, check: Callable[[], None]) -> None:
+        buffer = memoryview(bytearray(min(_READ_BACK_BYTES, end - self._hashed)))
+        while self._hashed < end:
             check()
-            count = os.preadv(self._descriptor, [buffer[: self._nbytes - self._hashed]], self._hashed)
+            count = os.preadv(self._descriptor, [buffer[: end - self._hashed]], self._hashed)
             if count == 0:
                 raise OSError(None, f"the file ended at byte {self._hashed:,}")
             self._hash.update(buffer[:count])

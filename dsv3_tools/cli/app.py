@@ -21,7 +21,7 @@ from dsv3_tools import __version__
 from dsv3_tools.cli.output import print_error
 from dsv3_tools.errors import Dsv3Error
 
-__all__ = ["convert", "dsv3", "run_command_line", "verify"]
+__all__ = ["convert", "dsv3", "quantize", "run_command_line", "verify"]
 
 _UNEXPECTED = 1
 _USAGE = 2
@@ -76,16 +76,31 @@ def convert() -> None:
 
 
 @dsv3.group()
+def quantize() -> None:
+    """Quantize a checkpoint to integers: straight from FP8 or BF16, in the layouts that engines load."""
+
+
+@dsv3.group()
 def verify() -> None:
     """Prove that a checkpoint is what it should be. Exit code 4 means that it is not."""
 
 
 convert.add_command(_Deferred("fp8-to-bf16", "dsv3_tools.cli.convert", "FP8 blocks, as released, to BF16."))
 convert.add_command(_Deferred("bf16-to-fp8", "dsv3_tools.cli.convert", "BF16 to FP8 blocks, as released."))
+convert.add_command(_Deferred("int8-to-bf16", "dsv3_tools.cli.convert", "INT8 blocks or channels to BF16."))
+convert.add_command(
+    _Deferred("int4-to-bf16", "dsv3_tools.cli.convert", "INT4 (compressed-tensors, GPTQ, AWQ) to BF16.")
+)
+convert.add_command(
+    _Deferred("to-deepseek-infer", "dsv3_tools.cli.convert", "FP8 or BF16 to DeepSeek's inference demo.")
+)
+quantize.add_command(_Deferred("int8", "dsv3_tools.cli.quantize", "Every linear, by rows or by blocks."))
+quantize.add_command(_Deferred("int4", "dsv3_tools.cli.quantize", "Routed experts, in groups of a row."))
 verify.add_command(_Deferred("integrity", "dsv3_tools.cli.verify", "Hashes and structure of every file."))
 dsv3.add_command(
     _Deferred("inspect", "dsv3_tools.cli.inspect", "Say what a checkpoint is, from its headers.")
 )
+dsv3.add_command(_Deferred("check", "dsv3_tools.cli.check", "Say whether a serving engine would load it."))
 dsv3.add_command(_Deferred("sample", "dsv3_tools.cli.sample", "Make a checkpoint with random weights."))
 
 

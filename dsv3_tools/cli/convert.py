@@ -7,11 +7,13 @@ from typing import Any
 
 import rich_click as click
 
-from dsv3_tools.cli.options import directory_argument, run_options
+from dsv3_tools.cli.options import directory_argument, fixed_shards_options, run_options
 from dsv3_tools.cli.run import execute
 from dsv3_tools.conversion.api import open_bf16_to_fp8, open_fp8_to_bf16
+from dsv3_tools.conversion.api_deepseek_infer import open_to_deepseek_infer
+from dsv3_tools.conversion.api_integer import open_int4_to_bf16, open_int8_to_bf16
 
-__all__ = ["bf16_to_fp8", "fp8_to_bf16"]
+__all__ = ["bf16_to_fp8", "fp8_to_bf16", "int4_to_bf16", "int8_to_bf16", "to_deepseek_infer"]
 
 
 @click.command("fp8-to-bf16")
@@ -42,12 +44,10 @@ def fp8_to_bf16(
     Example:
       dsv3 convert fp8-to-bf16 miniature/checkpoint /tmp/mini-bf16
     """
-    with open_fp8_to_bf16(
+    opened = open_fp8_to_bf16(
         source, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
-    ) as (
-        plan,
-        checkpoints,
-    ):
+    )
+    with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)
 
 
@@ -85,10 +85,77 @@ def bf16_to_fp8(
     Example:
       dsv3 convert bf16-to-fp8 /tmp/mini-bf16 /tmp/mini-fp8 --like miniature/checkpoint
     """
-    with open_bf16_to_fp8(
+    opened = open_bf16_to_fp8(
         source, scale_fmt=scale_fmt, like=like, max_shard_size=max_shard_size, partial=partial
-    ) as (
-        plan,
-        checkpoints,
-    ):
+    )
+    with opened as (plan, checkpoints):
+        execute(plan, checkpoints, destination, **run)
+
+
+@click.command("int8-to-bf16")
+@directory_argument("source")
+@directory_argument("destination")
+@run_options
+def int8_to_bf16(
+    source: Path, destination: Path, *, max_shard_size: int | None, partial: bool, **run: Any
+) -> None:
+    """Rewrite an INT8 checkpoint as BF16.
+
+    Reads blocks (SGLang) and channels (compressed-tensors). Whatever is FP8 beside them becomes BF16, too.
+
+    \b
+    Example:
+      dsv3 convert int8-to-bf16 /tmp/mini-W8A8 /tmp/mini-W8A8-bf16
+    """
+    opened = open_int8_to_bf16(source, max_shard_size=max_shard_size, partial=partial)
+    with opened as (plan, checkpoints):
+        execute(plan, checkpoints, destination, **run)
+
+
+@click.command("int4-to-bf16")
+@directory_argument("source")
+@directory_argument("destination")
+@run_options
+def int4_to_bf16(
+    source: Path, destination: Path, *, max_shard_size: int | None, partial: bool, **run: Any
+) -> None:
+    """Rewrite an INT4 checkpoint as BF16.
+
+    Reads compressed-tensors, GPTQ and AWQ, of any group size, with or without zero points. Whatever is FP8
+    beside them becomes BF16, too.
+
+    \b
+    Example:
+      dsv3 convert int4-to-bf16 /tmp/mini-W4A16 /tmp/mini-W4A16-bf16
+    """
+    opened = open_int4_to_bf16(source, max_shard_size=max_shard_size, partial=partial)
+    with opened as (plan, checkpoints):
+        execute(plan, checkpoints, destination, **run)
+
+
+@click.command("to-deepseek-infer")
+@directory_argument("source")
+@directory_argument("destination")
+@click.option(
+    "--model-parallel",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="N",
+    help="Processes that will run the demo: each loads a shard of its own, with its part of the model.",
+)
+@fixed_shards_options
+def to_deepseek_infer(
+    source: Path, destination: Path, *, model_parallel: int, partial: bool, **run: Any
+) -> None:
+    """Cut a checkpoint into shards for DeepSeek's own inference demo.
+
+    Takes FP8 as released, or BF16. Bytes are copied under the demo's names, one shard for each of N ranks;
+    the MTP module, which the demo has not, is left out. The demo's --config is written beside them.
+
+    \b
+    Example:
+      dsv3 convert to-deepseek-infer /tmp/mini-bf16 /tmp/mini-infer-mp4 --model-parallel 4
+    """
+    opened = open_to_deepseek_infer(source, model_parallel=model_parallel, partial=partial)
+    with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)

@@ -57,6 +57,11 @@ def _print(found: Inspection) -> None:
     else:
         print_line("  MTP module: none")
     print_line(f"  quantization: {_quantization(found)}")
+    for name, weights in found.formats.items():
+        print_line(
+            f"    {name}: {weights.num_weights:,} weights, {weights.num_parameters:,} parameters in "
+            f"{weights.nbytes:,} bytes"
+        )
     print_line(
         f"  {found.num_tensors:,} tensors, {found.nbytes:,} bytes in {found.num_shards} shards "
         f"({found.nbytes_on_disk:,} bytes on disk)"
@@ -77,4 +82,5 @@ def _print(found: Inspection) -> None:
 def _quantization(found: Inspection) -> str:
     if found.quantization is None:
         return "none"
-    return ", ".join(f"{key} {value}" for key, value in found.quantization.items())
+    plain = {key: value for key, value in found.quantization.items() if not isinstance(value, dict)}
+    return ", ".join(f"{key} {value}" for key, value in plain.items() if value is not None)

@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 
 import rich_click as click
 
-__all__ = ["SIZE", "debug_option", "directory_argument", "json_option", "run_options"]
+__all__ = [
+    "SIZE",
+    "debug_option",
+    "directory_argument",
+    "fixed_shards_options",
+    "json_option",
+    "run_options",
+    "selecting_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,7 +62,46 @@ def debug_option(function: F) -> F:
     )
 
 
+def selecting_options(function: F) -> F:
+    """Adds the options that say which weights a quantization is for."""
+    options = [
+        click.option(
+            "--include",
+            multiple=True,
+            metavar="PATTERN",
+            help="Quantize these modules, too, such as '*.shared_experts.*'. May be repeated.",
+        ),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave these modules out, such as 'model.layers.3.*'. May be repeated, and wins.",
+        ),
+        click.option(
+            "--mtp",
+            type=click.Choice(["quantize", "keep", "drop"]),
+            default="quantize",
+            show_default=True,
+            help="Quantize the MTP module like the rest, keep it unquantized, or leave it out.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def run_options(function: F) -> F:
+    """Adds the options of every command that writes a checkpoint whose shards may have any size."""
+    return fixed_shards_options(
+        click.option(
+            "--max-shard-size",
+            type=SIZE,
+            help="Bytes of tensors in an output shard, such as 5GB.  [default: the source's shards]",
+        )(function)
+    )
+
+
+def fixed_shards_options(function: F) -> F:
     """Adds the options of every command that writes a checkpoint."""
     options = [
         click.option(
@@ -67,11 +114,6 @@ def run_options(function: F) -> F:
             "--workers",
             type=click.IntRange(min=1),
             help="Shards worked on at once.  [default: the cores, or a few for each GPU]",
-        ),
-        click.option(
-            "--max-shard-size",
-            type=SIZE,
-            help="Bytes of tensors in an output shard, such as 5GB.  [default: the source's shards]",
         ),
         click.option(
             "--partial",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
@@ -16,6 +17,7 @@ from dsv3_tools.conversion.executor import Preview, RunResult, preview, run
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.conversion.serving import engine_verdicts
 from dsv3_tools.errors import DestinationError
 
 __all__ = ["execute"]
@@ -94,6 +96,8 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
         "devices": list(found.devices),
         "workers": found.workers,
         "host_nbytes": found.host_nbytes,
+        "engines": jsonable(engine_verdicts(plan)),
+        "notes": list(plan.notes),
     }
 
 
@@ -113,8 +117,9 @@ def _print_plan(plan: Plan, source: Checkpoint, destination: Path) -> None:
             for change in plan.changes()
         ]
     )
-    for name, reason in plan.dropped.items():
-        print_line(f"  dropped: {name} ({reason})")
+    for reason in dict.fromkeys(plan.dropped.values()):
+        names = [name for name, why in plan.dropped.items() if why == reason]
+        print_line(f"  dropped: {len(names):,} tensors, {reason}: {list_names(names)}")
     print_line(
         f"  in: {len(source.specs):,} tensors, {plan.nbytes_in:,} bytes; "
         f"out: {plan.num_tensors_out:,} tensors, {plan.payload_nbytes:,} bytes in {len(plan.shards)} shards"
@@ -122,6 +127,22 @@ def _print_plan(plan: Plan, source: Checkpoint, destination: Path) -> None:
     print_line(f"  files copied: {', '.join(plan.side_files) or 'none'}")
     if plan.left_behind:
         print_line(f"  files left behind: {', '.join(plan.left_behind)}")
+    _print_engines(plan)
+    for note in plan.notes:
+        print_line(f"  note: {note}")
+
+
+def _print_engines(plan: Plan) -> None:
+    """Says who will load the result, with what each of them asks for."""
+    found = engine_verdicts(plan)
+    if not found:
+        return
+    loading = [name for name, verdict in found.items() if verdict.loads]
+    others = [name for name in found if name not in loading]
+    print_line(f"  engines that load it: {', '.join(loading) or 'none'}; not: {', '.join(others) or 'none'}")
+    for name in loading:
+        for problem in found[name].problems:
+            print_line(f"    {name}: {problem.message}")
 
 
 def _print_preview(plan: Plan, found: Preview) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.executor import RunResult, run
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import SOURCE, Plan
+from dsv3_tools.conversion.planning import LIKE
 from dsv3_tools.conversion.progress import Progress, Stop
 from dsv3_tools.conversion.ranks import ALONE, Ranks
-from dsv3_tools.conversion.recode import LIKE, plan_bf16_to_fp8, plan_fp8_to_bf16
+from dsv3_tools.conversion.recode import plan_bf16_to_fp8, plan_fp8_to_bf16
 
-__all__ = ["convert_bf16_to_fp8", "convert_fp8_to_bf16", "open_bf16_to_fp8", "open_fp8_to_bf16"]
+__all__ = [
+    "carry_out",
+    "convert_bf16_to_fp8",
+    "convert_fp8_to_bf16",
+    "open_bf16_to_fp8",
+    "open_fp8_to_bf16",
+]
 
 PathLike = str | os.PathLike[str]
 Opened = tuple[Plan, dict[str, Checkpoint]]
@@ -65,15 +72,10 @@ def convert_fp8_to_bf16(
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
     options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
-    with open_fp8_to_bf16(
+    opened = open_fp8_to_bf16(
         source, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
-    ) as (
-        plan,
-        checkpoints,
-    ):
-        if on_plan is not None:
-            on_plan(plan)
-        return run(plan, checkpoints, Path(destination), options)
+    )
+    return carry_out(opened, destination, options, on_plan)
 
 
 def convert_bf16_to_fp8(
@@ -125,12 +127,20 @@ def convert_bf16_to_fp8(
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
     options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
-    with open_bf16_to_fp8(
+    opened = open_bf16_to_fp8(
         source, scale_fmt=scale_fmt, like=like, max_shard_size=max_shard_size, partial=partial
-    ) as (
-        plan,
-        checkpoints,
-    ):
+    )
+    return carry_out(opened, destination, options, on_plan)
+
+
+def carry_out(
+    opened: AbstractContextManager[Opened],
+    destination: PathLike,
+    options: RunOptions,
+    on_plan: Callable[[Plan], None] | None,
+) -> RunResult:
+    """Runs what `opened` has planned."""
+    with opened as (plan, checkpoints):
         if on_plan is not None:
             on_plan(plan)
         return run(plan, checkpoints, Path(destination), options)

@@ -11,6 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.deepseek_infer import INFER_CONFIG_NAME
 from dsv3_tools.checkpoint.durable import destination_errors
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
@@ -23,6 +25,12 @@ from dsv3_tools.errors import CheckpointError, DestinationError
 __all__ = ["State", "clear", "finished_shards", "read_manifest", "replaceable_nbytes", "survey", "withdraw"]
 
 _HASH_BYTES = 4 << 20
+
+_MARKS = (INDEX_NAME, MANIFEST_NAME)
+"""What makes shards a checkpoint, in the order of writing and of removal: without one it is none."""
+
+_CONFIGS = (CONFIG_NAME, INFER_CONFIG_NAME)
+"""What no other checkpoint's shards may lie beside."""
 
 
 class State(Enum):
@@ -67,8 +75,8 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
 def clear(destination: Path) -> None:
     """Removes a checkpoint that is to be overwritten: the index first, so that half of it is none.
 
-    Removes index, manifest, `model*.safetensors` and what index and manifest list (an old tokenizer must not
-    stay beside new weights); other files are left.
+    Removes index, manifest, config, `model*.safetensors` and what index and manifest list (an old tokenizer
+    must not stay beside new weights); other files are left.
     """
     with destination_errors(destination, "removing what was there"):
         for path in _replaceable(destination):
@@ -77,12 +85,12 @@ def clear(destination: Path) -> None:
 
 
 def withdraw(destination: Path) -> None:
-    """Removes the index of a run that was killed after it, when a shard has been damaged since.
+    """Removes index and manifest of a run that was killed after them, when a shard has been damaged since.
 
     Until the shard is written again no loader may take the directory for a checkpoint.
     """
     with destination_errors(destination, "removing the index"):
-        for name in (INDEX_NAME, MANIFEST_NAME):
+        for name in _MARKS:
             (destination / name).unlink(missing_ok=True)
 
 
@@ -149,7 +157,8 @@ def _holds_result_of(plan: Plan, destination: Path) -> bool:
         sizes_agree = all(
             (destination / name).stat().st_size == file["nbytes"] for name, file in files.items()
         )
-        return bool(manifest["plan_digest"] == plan.digest and INDEX_NAME in files and sizes_agree)
+        complete = plan.commit_point in (*files, MANIFEST_NAME)
+        return bool(manifest["plan_digest"] == plan.digest and complete and sizes_agree)
     except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
 
@@ -171,7 +180,7 @@ def _replaceable(destination: Path) -> Iterator[Path]:
         index = read_small_file(destination, INDEX_NAME, MAX_INDEX_BYTES)
         listed += parse_index(index, INDEX_NAME).values()
     shards = sorted(path.name for path in destination.glob("model*.safetensors"))
-    for name in dict.fromkeys([INDEX_NAME, MANIFEST_NAME, *listed, *shards]):
+    for name in dict.fromkeys([*_MARKS, *_CONFIGS, *listed, *shards]):
         if Path(name).name == name and os.path.lexists(destination / name):
             yield destination / name
 

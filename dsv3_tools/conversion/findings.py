@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsv3_tools.checkpoint.dtypes import FLOAT_DTYPES
 from dsv3_tools.conversion.buffers import as_array
 from dsv3_tools.conversion.pieces import Piece
 from dsv3_tools.errors import CheckpointError
@@ -49,7 +48,8 @@ class Findings:
         if nonfinite is None:
             from dsv3_tools.kernels.nonfinite import count_nonfinite
 
-            nonfinite = count_nonfinite(as_array(outs["weight"]), piece.writes["weight"].spec.dtype)
+            ((part, write),) = piece.writes.items()
+            nonfinite = count_nonfinite(as_array(outs[part]), write.spec.dtype)
         if nonfinite:
             self._judge(piece, nonfinite, items, outs)
         if LIKE_PART in items:
@@ -59,20 +59,40 @@ class Findings:
     def _judge(
         self, piece: Piece, count: int, items: Mapping[str, Tensor], outs: Mapping[str, Tensor]
     ) -> None:
-        name = piece.step.inputs["weight"].name
+        name, shape = _place(piece)
+        share = piece.step.share
         if self._keep_nonfinite:
-            self.nonfinite[name] += count
+            if share is None or not share.is_repetition:
+                self.nonfinite[name] += count
             return
         import numpy as np
 
-        from dsv3_tools.kernels.nonfinite import first_nonfinite
-
-        # The side of the conversion that is not quantized shows which element it is.
-        dense = piece.writes["weight"].spec.dtype in FLOAT_DTYPES
-        where, place = (outs, piece.writes["weight"]) if dense else (items, piece.reads["weight"])
-        found = first_nonfinite(as_array(where["weight"]), place.spec.dtype)
-        index = np.unravel_index(piece.first_element + (found or 0), piece.step.shape)
+        index = np.unravel_index(piece.first_element + _first_nonfinite(piece, items, outs), shape)
+        place = [int(i) for i in index] if share is None else share.place(index, shape)
         raise CheckpointError(
-            f"{name}: the element at [{', '.join(str(int(i)) for i in index)}] is NaN or infinite, expected "
+            f"{name}: the element at [{', '.join(str(i) for i in place)}] is NaN or infinite, expected "
             "finite weights (a damaged checkpoint?); --nonfinite keep goes on and counts them"
         )
+
+
+def _place(piece: Piece) -> tuple[str, tuple[int, ...]]:
+    """Returns the source tensor that a piece is about, and the shape in which its elements count."""
+    if piece.is_coded:
+        return piece.step.weight.name, piece.step.shape
+    ((part, read),) = piece.reads.items()
+    return read.ref.name, piece.step.output_specs(piece.step.shape)[part].shape
+
+
+def _first_nonfinite(piece: Piece, items: Mapping[str, Tensor], outs: Mapping[str, Tensor]) -> int:
+    """Returns the first element of a piece that is not finite, or 0 where codes don't show it."""
+    from dsv3_tools.kernels.nonfinite import first_nonfinite
+
+    for tensors, places, fmt in (
+        (outs, piece.writes, piece.step.target),
+        (items, piece.reads, piece.step.source),
+    ):
+        part = fmt.weight_part if fmt is not None and piece.is_coded else next(iter(places))
+        found = first_nonfinite(as_array(tensors[part]), places[part].spec.dtype)
+        if found is not None:
+            return found
+    return 0

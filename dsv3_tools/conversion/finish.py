@@ -1,4 +1,4 @@
-"""The last part of a run: small files, `config.json`, the index, the manifest."""
+"""The last part of a run: small files, copied or made, and the manifest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_tools import __version__
-from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.durable import write_file
-from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, encode_manifest
 from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.plan import PLAN_VERSION, Plan
-from dsv3_tools.conversion.recode import MAX_SIDE_FILE_BYTES
+from dsv3_tools.conversion.planning import MAX_SIDE_FILE_BYTES
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError
 
@@ -28,15 +26,14 @@ MANIFEST_VERSION = 1
 def finish(
     plan: Plan, source: Checkpoint, workspace: Workspace, done: Mapping[str, JournalEntry]
 ) -> dict[str, Any]:
-    """Writes everything but the shards, the index last but for the manifest; returns the manifest.
+    """Writes everything but the shards, the manifest last; returns the manifest.
 
     Raises:
         CheckpointError: a small file has changed since the plan was made.
         DestinationError: the disk does not do its part.
     """
     small = {name: _unchanged(plan, source, name) for name in plan.side_files}
-    small[CONFIG_NAME] = plan.config
-    small[INDEX_NAME] = plan.index()
+    small |= plan.made_files()
     for name, data in small.items():
         write_file(workspace.destination / name, data, folder=workspace.folder)
     manifest = _manifest(plan, done, small)

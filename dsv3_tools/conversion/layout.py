@@ -27,11 +27,11 @@ def lay_out(
     """
     if max_shard_size is not None and max_shard_size < 1:
         raise UsageError(f"max_shard_size: got {max_shard_size}, expected a positive number of bytes")
-    in_order = sorted(steps, key=lambda step: checkpoint.location(step.inputs["weight"].name))
+    in_order = sorted(steps, key=lambda step: checkpoint.location(step.weight.name))
     groups: list[list[Step]] = []
     last_shard, filled = None, 0
     for step in in_order:
-        shard = checkpoint.weight_map[step.inputs["weight"].name]
+        shard = checkpoint.weight_map[step.weight.name]
         nbytes = sum(spec.nbytes for _, spec in step.named_outputs())
         full = shard != last_shard if max_shard_size is None else filled + nbytes > max_shard_size
         if full or not groups:

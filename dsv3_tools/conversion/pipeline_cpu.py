@@ -10,8 +10,8 @@ from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
 from dsv3_tools.conversion.findings import Findings
-from dsv3_tools.conversion.pieces import Piece, cut
-from dsv3_tools.conversion.plan import ShardPlan
+from dsv3_tools.conversion.pieces import Piece, cut, read_into
+from dsv3_tools.conversion.plan import ShardPlan, Share
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
 
@@ -58,18 +58,26 @@ class CpuPipeline:
             self._meter.add(piece.nbytes_in)
 
     def _process(self, piece: Piece, writer: ShardWriter, findings: Findings) -> None:
+        if piece.content is not None:
+            (write,) = piece.writes.values()
+            writer.write(write.offset, memoryview(piece.content))
+            return
         items = {}
         for part, read in piece.reads.items():
             items[part] = self._buffer(f"in {part}", read.spec)
-            self._checkpoints[read.ref.origin].read_into(read.ref.name, read.start, as_bytes(items[part]))
-        if piece.step.source is None or piece.step.target is None or piece.step.is_copy:
-            outs, nonfinite = items, None
-        else:
-            outs = {part: self._buffer(f"out {part}", write.spec) for part, write in piece.writes.items()}
-            nonfinite = int(recode_into(piece.step.source, piece.step.target, [items], [outs])[0])
+            read_into(self._checkpoints, read, as_bytes(items[part]))
+        outs, nonfinite = self._recode(piece, items)
         findings.note(piece, nonfinite, items, outs)
         for part, write in piece.writes.items():
             writer.write(write.offset, as_bytes(outs[part]))
+
+    def _recode(self, piece: Piece, items: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
+        """Returns what to write, and the kernel's count of elements that are not finite; None for a copy."""
+        source, target = piece.step.source, piece.step.target
+        if source is None or target is None or not piece.is_coded:
+            return items, None
+        outs = {part: self._buffer(f"out {part}", write.spec) for part, write in piece.writes.items()}
+        return outs, int(recode_into(source, target, [items], [outs])[0])
 
     def _buffer(self, role: str, spec: TensorSpec) -> Tensor:
         """Returns memory for `spec`, the same for every piece: first touch costs more than arithmetic."""
@@ -87,7 +95,7 @@ class _ReadAhead:
     def __init__(self, checkpoints: Mapping[str, Checkpoint], shard: ShardPlan) -> None:
         self._checkpoints = checkpoints
         self._inputs = [
-            (ref, step.input_specs(step.shape)[part].nbytes)
+            (step, ref, step.input_specs(step.shape)[part].nbytes)
             for step in shard.steps
             for part, ref in step.inputs.items()
         ]
@@ -99,10 +107,20 @@ class _ReadAhead:
         """Asks for as many bytes more as `piece` is about to use up."""
         self._ahead -= piece.nbytes_in
         while self._ahead < _READ_AHEAD_NBYTES // 2 and self._next < len(self._inputs):
-            ref, nbytes = self._inputs[self._next]
+            step, ref, nbytes = self._inputs[self._next]
             count = min(nbytes - self._start, _READ_AHEAD_NBYTES)
-            self._checkpoints[ref.origin].will_need(ref.name, self._start, count)
+            start, width = _span(step.share, nbytes, self._start, count)
+            self._checkpoints[ref.origin].will_need(ref.name, start, width)
             self._ahead += count
             self._start += count
             if self._start >= nbytes:
                 self._next, self._start = self._next + 1, 0
+
+
+def _span(share: Share | None, nbytes: int, start: int, count: int) -> tuple[int, int]:
+    """Returns where, and over how many bytes, a whole tensor has these bytes of a part of `nbytes`."""
+    if share is None or share.axis is None:
+        return start, count
+    if share.axis == 0:
+        return share.rank * nbytes + start, count
+    return start * share.world, count * share.world

@@ -18,7 +18,7 @@ from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
 from dsv3_tools.conversion.findings import Findings
-from dsv3_tools.conversion.pieces import Piece, Read, Write, cut
+from dsv3_tools.conversion.pieces import Piece, Read, Write, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
@@ -136,7 +136,7 @@ class _Slot:
 
     def fits(self, piece: Piece) -> bool:
         """Whether the piece can join: room in both buffers, and the formats of the batch."""
-        same = piece.step.is_copy or self._pair in (None, _formats(piece))
+        same = not piece.is_coded or self._pair in (None, _formats(piece))
         return same and self._has_room(piece) and len(self._loaded) < _MAX_PIECES
 
     def load(self, piece: Piece, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -155,15 +155,16 @@ class _Slot:
         for part, write in piece.writes.items():
             writes[part] = place
             place += _padded([write.spec])
+            if piece.content is not None:
+                as_bytes(view(self._host, writes[part], write.spec))[:] = piece.content
         for part, read in piece.reads.items():
-            if piece.step.is_copy:
-                reads[part] = writes[part]
-            else:
+            if piece.is_coded:
                 self._pair = _formats(piece)
                 reads[part] = self._in_end
                 self._in_end += _padded([read.spec])
-            target = as_bytes(view(self._host, reads[part], read.spec))
-            checkpoints[read.ref.origin].read_into(read.ref.name, read.start, target)
+            else:
+                reads[part] = writes[part]
+            read_into(checkpoints, read, as_bytes(view(self._host, reads[part], read.spec)))
         self._loaded.append(_Loaded(piece, reads, writes))
 
     def dispatch(self, writing: ThreadPoolExecutor, writer: ShardWriter, findings: Findings) -> None:
@@ -201,13 +202,14 @@ class _Slot:
             piece = loaded.piece
             items = self._parts(self._host, loaded.reads, piece.reads)
             outs = self._parts(self._host, loaded.writes, piece.writes)
-            findings.note(piece, None if piece.step.is_copy else next(counts), items, outs)
+            if piece.content is None:
+                findings.note(piece, next(counts) if piece.is_coded else None, items, outs)
             for part, write in piece.writes.items():
                 writer.write(write.offset, as_bytes(outs[part]))
 
     def _has_room(self, piece: Piece) -> bool:
         nbytes = _padded(write.spec for write in piece.writes.values())
-        if not piece.step.is_copy:
+        if piece.is_coded:
             nbytes += _padded(read.spec for read in piece.reads.values())
         return self._in_end + nbytes <= self._out_start
 
@@ -218,7 +220,7 @@ class _Slot:
         self._written = None
 
     def _coded(self) -> list[_Loaded]:
-        return [loaded for loaded in self._loaded if not loaded.piece.step.is_copy]
+        return [loaded for loaded in self._loaded if loaded.piece.is_coded]
 
     def _coded_spans(self) -> Iterator[tuple[int, int]]:
         """Yields the stretches of output that come back from the device, joined where they touch."""

@@ -1,8 +1,6 @@
 """The plan of a run: the whole destination directory, before a byte of it is written.
 
-A plan is built from specs alone. Building it fails unless every source tensor is the input of exactly
-one step or is dropped with a reason, every output name is unique, and every input has the spec that
-its format demands.
+A plan is built from specs alone, of steps that `check_steps` has found to add up.
 """
 
 from __future__ import annotations
@@ -16,14 +14,25 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.header import Header, encode_header
-from dsv3_tools.checkpoint.index import encode_index
+from dsv3_tools.checkpoint.index import INDEX_NAME, encode_index
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.specs import TensorSpec
-from dsv3_tools.errors import FormatError, PlanError
+from dsv3_tools.conversion.share import Share
 from dsv3_tools.formats import Format
 from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
 
-__all__ = ["PLAN_VERSION", "Change", "Plan", "ShardPlan", "SourceFile", "Step", "TensorRef", "check_steps"]
+__all__ = [
+    "PLAN_VERSION",
+    "Change",
+    "Plan",
+    "ShardPlan",
+    "Share",
+    "SourceFile",
+    "Step",
+    "TensorRef",
+]
 
 PLAN_VERSION = 1
 """Raised whenever the same plan would give other bytes: leftovers of another version are not resumed."""
@@ -43,8 +52,9 @@ class TensorRef:
 class Step:
     """One weight on its way from `source` to `target` format, or one tensor copied as it is.
 
-    `inputs` and `outputs` map part names to tensors. Equal formats (None for a tensor that is not a
-    weight in a format) make a byte copy, which never becomes a tensor.
+    `inputs` and `outputs` map part names to tensors. Formats with the same bytes (None for a tensor that
+    is not a weight in a format) make a byte copy, which never becomes a tensor. `share` is for a
+    tensor that is copied, in part, to each of several ranks: `shape` is then that of the part.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +63,7 @@ class Step:
     source: Format | None
     target: Format | None
     dtype: str
+    share: Share | None = None
 
     @classmethod
     def copy(cls, name: str, spec: TensorSpec) -> Step:
@@ -62,7 +73,35 @@ class Step:
     @property
     def is_copy(self) -> bool:
         """Whether bytes are copied without decoding."""
-        return self.source == self.target
+        if self.source is None or self.target is None:
+            return True
+        return self.source.same_bytes(self.target)
+
+    @property
+    def weight(self) -> TensorRef:
+        """The tensor that stands for the weight: its elements or codes."""
+        return self.inputs["weight" if self.source is None else self.source.weight_part]
+
+    @property
+    def copies_scales(self) -> bool:
+        """Whether this copies the scales of an FP8 weight whose codes are for another step."""
+        return self.source is None and self.weight.name.endswith(f".{SCALE_PART}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the weight, or of the part; none for scales, and for what an earlier rank has."""
+        repeated = self.share is not None and self.share.is_repetition
+        return 0 if repeated or self.copies_scales else prod(self.shape)
+
+    @property
+    def fixed_inputs(self) -> dict[str, bytes]:
+        """Returns what inputs must hold that a recoding step does not read."""
+        return {} if self.source is None or self.is_copy else self.source.fixed(self.shape)
+
+    @property
+    def fixed_outputs(self) -> dict[str, bytes]:
+        """Returns the content of outputs that follow from the weight's shape alone."""
+        return {} if self.target is None or self.is_copy else self.target.fixed(self.shape)
 
     def input_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Returns the specs of the inputs for a weight, or a stripe of it, of `shape`."""
@@ -98,7 +137,7 @@ class ShardPlan:
     def build(cls, name: str, steps: Sequence[Step]) -> ShardPlan:
         """Returns the shard with `steps` put into file order."""
         encoded, header = encode_header(dict(pair for step in steps for pair in step.named_outputs()))
-        ordered = sorted(steps, key=lambda step: min(header.offsets[out] for out in step.outputs.values()))
+        ordered = sorted(steps, key=lambda step: _first_byte(step, header))
         return cls(name, tuple(ordered), header.file_nbytes, hashlib.sha256(encoded).hexdigest())
 
     def header(self) -> tuple[bytes, Header]:
@@ -108,6 +147,12 @@ class ShardPlan:
     def specs(self) -> dict[str, TensorSpec]:
         """Returns every tensor of the file."""
         return dict(pair for step in self.steps for pair in step.named_outputs())
+
+
+def _first_byte(step: Step, header: Header) -> int:
+    """Returns where the first byte goes that must be calculated or read."""
+    fixed = step.fixed_outputs
+    return min(header.offsets[name] for part, name in step.outputs.items() if part not in fixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +196,9 @@ class Plan:
         side_files: files copied unchanged.
         left_behind: names in the source directory that are not copied.
         source_files: what the run reads.
+        config_name: the name of `config`, another one in a layout that is not Hugging Face's.
+        index_name: the name of the index; None where the same names are in several shards.
+        notes: what whoever uses the result must know.
     """
 
     operation: str
@@ -162,6 +210,14 @@ class Plan:
     left_behind: tuple[str, ...]
     source_files: tuple[SourceFile, ...]
     nbytes_in: int
+    config_name: str = CONFIG_NAME
+    index_name: str | None = INDEX_NAME
+    notes: tuple[str, ...] = ()
+
+    @property
+    def commit_point(self) -> str:
+        """The file whose rename makes the shards a result: the index, or the manifest if there is none."""
+        return self.index_name or MANIFEST_NAME
 
     @cached_property
     def digest(self) -> str:
@@ -194,8 +250,12 @@ class Plan:
 
     @property
     def total_parameters(self) -> int:
-        """Number of weights and other parameters, scales not counted."""
-        return sum(prod(step.shape) for shard in self.shards for step in shard.steps)
+        """Number of weights and other parameters, scales and what several ranks have alike not counted."""
+        return sum(step.num_parameters for shard in self.shards for step in shard.steps)
+
+    def made_files(self) -> dict[str, bytes]:
+        """Returns the small files that the run makes, in the order of writing; the manifest comes after."""
+        return {self.config_name: self.config} | ({self.index_name: self.index()} if self.index_name else {})
 
     def index(self) -> bytes:
         """Returns the index file of the output."""
@@ -221,60 +281,3 @@ class Plan:
             after[key] += sum(spec.nbytes for spec in step.output_specs(step.shape).values())
         ordered = sorted(counts, key=lambda key: (-before[key], key))
         return [Change(*key, counts[key], before[key], after[key]) for key in ordered]
-
-
-def check_steps(
-    where: str,
-    specs: Mapping[str, Mapping[str, TensorSpec]],
-    steps: Sequence[Step],
-    *,
-    dropped: Mapping[str, str],
-    refused: Mapping[str, str],
-    others: Sequence[str] = (),
-) -> None:
-    """Refuses steps that do not account for every source tensor exactly once, or ask for the impossible.
-
-    Args:
-        where: the checkpoint, for the message.
-        specs: the tensors of every origin; those of "source" must all be accounted for.
-        steps: the steps of the plan.
-        dropped: source tensors that are left out on purpose, with the reason.
-        refused: source tensors that the planner could not place, with what is wrong with them.
-        others: problems that are already known.
-
-    Raises:
-        PlanError: with every problem found.
-    """
-    problems = [*others, *(f"{name} {reason}" for name, reason in refused.items())]
-    uses = Counter(ref for step in steps for ref in step.inputs.values())
-    uses.update(TensorRef(name) for name in dropped)
-    for ref, count in uses.items():
-        if ref.name not in specs[ref.origin]:
-            problems.append(f"{ref.name} is missing")
-        elif count > 1:
-            problems.append(f"{ref.name} would be used {count} times")
-    problems += [
-        f"{name} is used by no step"
-        for name in specs[SOURCE]
-        if TensorRef(name) not in uses and name not in refused
-    ]
-    outputs = Counter(name for step in steps for name in step.outputs.values())
-    problems += [f"{name} would be written {count} times" for name, count in outputs.items() if count > 1]
-    for step in steps:
-        problems += _spec_problems(step, specs)
-    if problems:
-        raise PlanError(where, problems)
-
-
-def _spec_problems(step: Step, specs: Mapping[str, Mapping[str, TensorSpec]]) -> Iterator[str]:
-    try:
-        expected = step.input_specs(step.shape)
-    except FormatError as error:
-        yield f"{step.inputs['weight'].name}: {error}"
-        return
-    for part, spec in expected.items():
-        ref = step.inputs[part]
-        found = specs[ref.origin].get(ref.name)
-        if found is not None and found != spec:
-            weight = TensorSpec(step.dtype, step.shape)
-            yield f"{ref.name} is {found}, expected {spec} for a weight {weight}"

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.plan import ShardPlan, Step, TensorRef
+from dsv3_tools.conversion.planning import LIKE
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import CheckpointError, DestinationError, UsageError, join_problems
 from dsv3_tools.formats import FP8Block
-from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
+from dsv3_tools.formats.fp8_block import LIKE_PART
+from dsv3_tools.formats.int4_transposed import INT4GPTQ, order_problem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["check_places", "check_room", "check_scales", "free_nbytes"]
 
@@ -78,41 +84,66 @@ def check_scales(
     nonfinite: str,
     stop: Stop,
 ) -> None:
-    """Reads every scale that `shards` need and refuses those that cannot be right.
+    """Reads what decides how codes are read, and refuses what cannot be right.
 
     A scale must be finite and positive (with `nonfinite` "keep" this is let pass) and of a plausible
-    magnitude: reciprocals under the same name would give weights that are wrong by a factor of millions.
+    magnitude: reciprocals under the same name would give weights that are wrong by a factor of millions. A
+    part whose content follows from the weight's shape must have that content.
 
     Raises:
         CheckpointError: every tensor that is refused, in one message.
         Interrupted: somebody has asked `stop`.
     """
     steps = [step for shard in shards for step in shard.steps if not step.is_copy]
-    tasks = [
-        (step, ref) for step in steps for part, ref in step.inputs.items() if part in (SCALE_PART, LIKE_PART)
-    ]
+    # By tensor: several ranks may have a part of it.
+    copied = {step.weight: step for shard in shards for step in shard.steps if step.copies_scales}
     keep = nonfinite == "keep"
 
-    def judge(task: tuple[Step, TensorRef]) -> str | None:
+    def judge(step: Step) -> list[str]:
         stop.check()
-        return _scale_problem(*task, checkpoints, keep)
+        return [*_scale_problems(step, checkpoints, keep), *_fixed_problems(step, checkpoints)]
 
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(judge, tasks)
-        problems = [problem for problem in found if problem is not None]
+        problems = [problem for found in pool.map(judge, [*steps, *copied.values()]) for problem in found]
     if problems:
         raise CheckpointError(f"{checkpoints['source'].directory}: {join_problems(problems)}")
+
+
+def _fixed_problems(step: Step, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    for part, expected in step.fixed_inputs.items():
+        ref = step.inputs[part]
+        if checkpoints[ref.origin].read_bytes(ref.name) != expected:
+            yield (
+                f"{ref.name}: does not hold what belongs to {step.source.name if step.source else ''} "
+                f"weights of shape {list(step.shape)} (by config.json and by the codes' shape)"
+            )
+    if isinstance(step.source, INT4GPTQ) and step.source.act_order:
+        ref = step.inputs["g_idx"]
+        order = np.frombuffer(checkpoints[ref.origin].read_bytes(ref.name), dtype="<i4")
+        problem = order_problem(int(order.min()), int(order.max()), step.source.groups(step.shape))
+        if problem is not None:
+            yield f"{ref.name}: {problem}"
+
+
+def _scale_problems(step: Step, checkpoints: Mapping[str, Checkpoint], keep: bool) -> Iterator[str]:
+    own = step.source.scale_part if step.source is not None else "weight" if step.copies_scales else None
+    for part in (own, LIKE_PART):
+        if part is not None and part in step.inputs:
+            problem = _scale_problem(step, step.inputs[part], checkpoints, keep)
+            if problem is not None:
+                yield problem
 
 
 def _scale_problem(
     step: Step, ref: TensorRef, checkpoints: Mapping[str, Checkpoint], keep: bool
 ) -> str | None:
     checkpoint = checkpoints[ref.origin]
-    scale = np.frombuffer(checkpoint.read_bytes(ref.name), dtype="<f4")
+    spec = checkpoint.specs[ref.name]
+    scale = _as_float32(checkpoint.read_bytes(ref.name), spec.dtype)
     bad = ~(np.isfinite(scale) & (scale > 0))
     if bad.any() and not keep:
         first = int(np.argmax(bad))
-        index = np.unravel_index(first, checkpoint.specs[ref.name].shape)
+        index = np.unravel_index(first, spec.shape)
         return (
             f"{ref.name}: the scale at [{', '.join(str(int(i)) for i in index)}] is {scale[first]}, expected "
             "a finite, positive number"
@@ -123,12 +154,20 @@ def _scale_problem(
         median = float(np.median(1 / good if inverse else good)) if good.size else 0.0
     if median > LARGEST_PLAUSIBLE_MEDIAN_SCALE:
         question = "are its scales multipliers" if inverse else "are its scales reciprocals"
-        remedy = "" if ref.origin == "like" else " --scale-semantics says how to read them"
+        readable = ref.origin != LIKE and isinstance(step.source, FP8Block)
+        remedy = " --scale-semantics says how to read them" if readable else ""
         return (
             f"{ref.name}: weights would be multiplied by {median:.3g}, expected less than "
             f"{LARGEST_PLAUSIBLE_MEDIAN_SCALE:g}; {question}?{remedy}"
         )
     return None
+
+
+def _as_float32(data: bytearray, dtype: str) -> NDArray[np.float32]:
+    """Returns the numbers in the bytes of a tensor of scales: F32, F16 or BF16."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, dtype="<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, dtype="<f2" if dtype == "F16" else "<f4").astype("<f4", copy=False)
 
 
 def _identity(path: Path) -> tuple[int, int]:

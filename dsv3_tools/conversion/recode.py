@@ -1,33 +1,34 @@
-"""The planners of `convert fp8-to-bf16` and `convert bf16-to-fp8`."""
+"""The planners of `convert`: to BF16 from whatever is quantized, and from BF16 to FP8."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from dsv3_tools.checkpoint.architecture import differences
-from dsv3_tools.checkpoint.config import CONFIG_NAME, encode_config, with_quantization
-from dsv3_tools.checkpoint.dtypes import FLOAT_DTYPES
-from dsv3_tools.checkpoint.names import TensorName, parse_name
-from dsv3_tools.checkpoint.paths import read_small_file, side_files
+from dsv3_tools.checkpoint.config import CONFIG_NAME, with_quantization
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
-from dsv3_tools.conversion.layout import lay_out
-from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef, check_steps
+from dsv3_tools.conversion.plan import Plan, Step, TensorRef
+from dsv3_tools.conversion.planning import (
+    LIKE,
+    check_plan,
+    finish_plan,
+    recode_step,
+    require_work,
+)
 from dsv3_tools.errors import CheckpointError, UsageError
-from dsv3_tools.formats import Dense, FP8Block
-from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART, SCALE_SUFFIX
+from dsv3_tools.formats import INT4, Dense, Format, FP8Block, INT8Block, INT8Channel
+from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
+from dsv3_tools.formats.stored import StoredWeight, find_weights, read_formats
 
-__all__ = ["plan_bf16_to_fp8", "plan_fp8_to_bf16"]
+__all__ = ["plan_bf16_to_fp8", "plan_fp8_to_bf16", "plan_int4_to_bf16", "plan_int8_to_bf16"]
 
-MAX_SIDE_FILE_BYTES = 100_000_000
-"""Tokenizers are up to 30 MB; small files are held in memory."""
-
-LIKE = "like"
-_PLAIN_PARAMETERS = frozenset({"weight", "bias", "e_score_correction_bias", "inv_freq"})
+_FAMILIES: dict[str, tuple[type[Format], ...]] = {
+    "fp8-to-bf16": (FP8Block,),
+    "int8-to-bf16": (INT8Block, INT8Channel),
+    "int4-to-bf16": (INT4,),
+}
+"""The formats that a command is for. It decodes whatever else is quantized beside them, too."""
 
 
 def plan_fp8_to_bf16(
@@ -37,10 +38,10 @@ def plan_fp8_to_bf16(
     scale_semantics: str | None = None,
     partial: bool = False,
 ) -> Plan:
-    """Returns the plan that dequantizes every FP8 weight to BF16 and copies everything else.
+    """Returns the plan that dequantizes every quantized weight to BF16 and copies everything else.
 
     Args:
-        checkpoint: an FP8 checkpoint in the released layout.
+        checkpoint: an FP8 checkpoint in the released layout, or in that of compressed-tensors.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
         scale_semantics: "multiply" or "inverse", against what `config.json` says; None believes it.
         partial: the checkpoint is only a part of the model that `config.json` describes.
@@ -51,32 +52,35 @@ def plan_fp8_to_bf16(
         UsageError: an unknown `scale_semantics`.
         PlanError: tensors that do not add up, all of them.
     """
-    fp8 = _fp8_format(checkpoint)
     if scale_semantics not in (None, "multiply", "inverse"):
         raise UsageError(f"scale_semantics: got {scale_semantics!r}, expected 'multiply' or 'inverse'")
-    if scale_semantics is not None:
-        fp8 = replace(fp8, inverse_scales=scale_semantics == "inverse")
-    steps: list[Step] = []
-    refused: dict[str, str] = {}
-    for name, spec in checkpoint.specs.items():
-        parsed = parse_name(name)
-        if parsed is None:
-            refused[name] = "is not a tensor of this family"
-        elif parsed.parameter == SCALE_PART:
-            refused |= _orphan(name, parsed, checkpoint)
-        elif spec.dtype == "F8_E4M3" and parsed.parameter == "weight":
-            steps.append(_dequantize(parsed, name, spec, fp8))
-        elif parsed.parameter not in _PLAIN_PARAMETERS or spec.dtype not in FLOAT_DTYPES:
-            refused[name] = f"({spec}) is neither an FP8 weight nor an unquantized tensor"
-        else:
-            steps.append(Step.copy(name, spec))
-    _check(checkpoint, steps, refused, partial=partial)
-    if all(step.is_copy for step in steps):
-        raise CheckpointError(f"{checkpoint.directory}: no tensor is F8_E4M3, there is nothing to convert")
-    options = {
-        "scale_semantics": "inverse" if fp8.inverse_scales else "multiply",
-    }
-    return _finish(checkpoint, "fp8-to-bf16", options, steps, None, max_shard_size)
+    return _plan_to_bf16(checkpoint, "fp8-to-bf16", max_shard_size, scale_semantics, partial=partial)
+
+
+def plan_int8_to_bf16(
+    checkpoint: Checkpoint, *, max_shard_size: int | None = None, partial: bool = False
+) -> Plan:
+    """Returns the plan that dequantizes an INT8 checkpoint; see `plan_fp8_to_bf16`.
+
+    Raises:
+        CheckpointError: no INT8 quantization in `config.json`.
+        FormatError: an INT8 quantization that is not known here.
+        PlanError: tensors that do not add up, all of them.
+    """
+    return _plan_to_bf16(checkpoint, "int8-to-bf16", max_shard_size, partial=partial)
+
+
+def plan_int4_to_bf16(
+    checkpoint: Checkpoint, *, max_shard_size: int | None = None, partial: bool = False
+) -> Plan:
+    """Returns the plan that dequantizes an INT4 checkpoint; see `plan_fp8_to_bf16`.
+
+    Raises:
+        CheckpointError: no INT4 quantization in `config.json`.
+        FormatError: an INT4 quantization that is not known here.
+        PlanError: tensors that do not add up, all of them.
+    """
+    return _plan_to_bf16(checkpoint, "int4-to-bf16", max_shard_size, partial=partial)
 
 
 def plan_bf16_to_fp8(
@@ -107,55 +111,88 @@ def plan_bf16_to_fp8(
             f"{checkpoint.directory / CONFIG_NAME}: has a quantization_config, expected an unquantized model"
         )
     fp8 = _target_format(scale_fmt, like)
+    stored = find_weights(checkpoint.specs, ())
     steps: list[Step] = []
     refused: dict[str, str] = {}
-    for name, spec in checkpoint.specs.items():
-        parsed = parse_name(name)
-        if parsed is None:
-            refused[name] = "is not a tensor of this family"
-        elif parsed.parameter not in _PLAIN_PARAMETERS or spec.dtype not in FLOAT_DTYPES:
-            refused[name] = f"({spec}) is not an unquantized tensor"
-        elif unlike := _unlike(name, spec, like):
+    for weight in stored.weights:
+        name, spec = weight.full_name, checkpoint.specs[weight.full_name]
+        becomes_fp8 = _becomes_fp8(weight, like)
+        if unlike := _unlike(name, spec, like):
             refused[name] = unlike
-        elif _becomes_fp8(parsed, name, like) and spec.dtype not in FP8Block.encodes:
+        elif becomes_fp8 and spec.dtype not in FP8Block.encodes:
             refused[name] = f"({spec}) cannot be quantized, expected {' or '.join(sorted(FP8Block.encodes))}"
-        elif _becomes_fp8(parsed, name, like):
-            steps.append(_quantize(parsed, name, spec, fp8, like))
+        elif becomes_fp8:
+            steps.append(_quantize(weight, fp8, like))
         else:
             steps.append(Step.copy(name, spec))
-    _check(checkpoint, steps, refused, like, partial=partial)
-    if all(step.is_copy for step in steps):
-        raise CheckpointError(f"{checkpoint.directory}: no tensor is a linear that FP8 checkpoints quantize")
+    check_plan(checkpoint, stored, steps, partial=partial, refused=refused, like=like)
+    require_work(checkpoint, steps, "no tensor is a linear that FP8 checkpoints quantize")
     config = fp8.quantization_config()
     if like is not None:
         config = dict(like.config_json["quantization_config"])
-    return _finish(
-        checkpoint, "bf16-to-fp8", {"scale_fmt": fp8.scale_fmt}, steps, config, max_shard_size, like=like
-    )
+    edited = with_quantization(checkpoint.config_json, config)
+    options = {"scale_fmt": fp8.scale_fmt}
+    return finish_plan(checkpoint, "bf16-to-fp8", options, steps, edited, max_shard_size, like=like)
 
 
-def _fp8_format(checkpoint: Checkpoint) -> FP8Block:
-    """Returns the FP8 format that the checkpoint's `config.json` states.
+def _plan_to_bf16(
+    checkpoint: Checkpoint,
+    operation: str,
+    max_shard_size: int | None,
+    scale_semantics: str | None = None,
+    *,
+    partial: bool,
+) -> Plan:
+    formats = _stated_formats(checkpoint, operation)
+    if scale_semantics is not None:
+        formats = [
+            replace(fmt, inverse_scales=scale_semantics == "inverse") if isinstance(fmt, FP8Block) else fmt
+            for fmt in formats
+        ]
+    stored = find_weights(checkpoint.specs, formats)
+    steps = [
+        recode_step(weight, weight.format if isinstance(weight.format, Dense) else Dense("BF16"))
+        for weight in stored.weights
+    ]
+    check_plan(checkpoint, stored, steps, partial=partial)
+    kind = operation.partition("-")[0].upper()
+    require_work(checkpoint, steps, f"no weight is {kind}, there is nothing to convert")
+    inverse = any(isinstance(fmt, FP8Block) and fmt.inverse_scales for fmt in formats)
+    options = {"scale_semantics": "inverse" if inverse else "multiply"}
+    edited = with_quantization(checkpoint.config_json, None)
+    return finish_plan(checkpoint, operation, options, steps, edited, max_shard_size)
+
+
+def _stated_formats(checkpoint: Checkpoint, operation: str) -> Sequence[Format]:
+    """Returns the formats that the checkpoint's `config.json` states.
 
     Raises:
-        CheckpointError: it states none.
+        CheckpointError: it states none that `operation` is for.
         FormatError: it states another quantization.
     """
     where = str(checkpoint.directory / CONFIG_NAME)
-    config = checkpoint.config_json.get("quantization_config")
-    if not isinstance(config, dict):
-        expected = FP8Block().quantization_config()
+    if not isinstance(checkpoint.config_json.get("quantization_config"), dict):
+        example = f" like {FP8Block().quantization_config()}" if operation == "fp8-to-bf16" else ""
         raise CheckpointError(
-            f"{where}: no quantization_config, expected one like {expected}; "
-            "a checkpoint whose weights are FP8 must say with which blocks"
+            f"{where}: no quantization_config, expected one{example}; a checkpoint whose weights are "
+            "quantized must say how"
         )
-    return FP8Block.from_quantization_config(config, where)
+    formats = read_formats(checkpoint.config_json, where)
+    if not any(isinstance(fmt, _FAMILIES[operation]) for fmt in formats):
+        other = next(name for name, kinds in _FAMILIES.items() if isinstance(formats[0], kinds))
+        raise CheckpointError(
+            f"{where}: says that weights are {formats[0].name}, which is not for {operation}; use "
+            f"dsv3 convert {other}"
+        )
+    return formats
 
 
 def _target_format(scale_fmt: str | None, like: Checkpoint | None) -> FP8Block:
     if like is None:
         return FP8Block(scale_fmt=scale_fmt or "f32")
-    fmt = _fp8_format(like)
+    fmt = _stated_formats(like, "fp8-to-bf16")[0]
+    if not isinstance(fmt, FP8Block) or fmt.scale_part != SCALE_PART:
+        raise CheckpointError(f"{like.directory}: is not in the released FP8 layout, which --like asks for")
     if fmt.inverse_scales:
         raise CheckpointError(f"{like.directory}: stores reciprocal scales, which --like cannot take over")
     if scale_fmt not in (None, fmt.scale_fmt):
@@ -165,11 +202,11 @@ def _target_format(scale_fmt: str | None, like: Checkpoint | None) -> FP8Block:
     return fmt
 
 
-def _becomes_fp8(parsed: TensorName, name: str, like: Checkpoint | None) -> bool:
+def _becomes_fp8(weight: StoredWeight, like: Checkpoint | None) -> bool:
     if like is not None:
-        original = like.specs.get(name)
+        original = like.specs.get(weight.full_name)
         return original is not None and original.dtype == "F8_E4M3"
-    return parsed.is_fp8_linear and parsed.parameter == "weight"
+    return weight.name.is_fp8_linear and weight.name.parameter == "weight"
 
 
 def _unlike(name: str, spec: TensorSpec, like: Checkpoint | None) -> str | None:
@@ -184,96 +221,9 @@ def _unlike(name: str, spec: TensorSpec, like: Checkpoint | None) -> str | None:
     return None
 
 
-def _dequantize(parsed: TensorName, name: str, spec: TensorSpec, fp8: FP8Block) -> Step:
-    inputs = {"weight": TensorRef(name), SCALE_PART: TensorRef(f"{parsed.prefix}.{SCALE_PART}")}
-    return Step(spec.shape, inputs, {"weight": name}, fp8, Dense("BF16"), spec.dtype)
-
-
-def _quantize(
-    parsed: TensorName, name: str, spec: TensorSpec, fp8: FP8Block, like: Checkpoint | None
-) -> Step:
-    scale = f"{parsed.prefix}.{SCALE_PART}"
-    inputs = {"weight": TensorRef(name)}
-    if like is not None:
-        inputs[LIKE_PART] = TensorRef(scale, LIKE)
-    outputs = {"weight": name, SCALE_PART: scale}
-    return Step(spec.shape, inputs, outputs, Dense(spec.dtype), fp8, spec.dtype)
-
-
-def _orphan(name: str, parsed: TensorName, checkpoint: Checkpoint) -> dict[str, str]:
-    """Returns what is wrong with a scale that has no FP8 weight beside it."""
-    spec = checkpoint.specs.get(f"{parsed.prefix}.weight")
-    if spec is None:
-        return {name: "is there but its weight is missing"}
-    if spec.dtype != "F8_E4M3":
-        return {name: f"is there but its weight is {spec}, expected F8_E4M3"}
-    return {}
-
-
-def _check(
-    checkpoint: Checkpoint,
-    steps: list[Step],
-    refused: Mapping[str, str],
-    like: Checkpoint | None = None,
-    *,
-    partial: bool,
-) -> None:
-    """Refuses, in one message, whatever does not add up."""
-    origins = _origins(checkpoint, like)
-    known = {name: spec for name, spec in checkpoint.specs.items() if parse_name(name) is not None}
-    incomplete = [] if partial else list(differences(checkpoint.config, known, SCALE_SUFFIX))
-    if incomplete:
-        incomplete[-1] += " (--partial converts what is there)"
-    check_steps(
-        str(checkpoint.directory),
-        {origin: other.specs for origin, other in origins.items()},
-        steps,
-        dropped={},
-        refused=refused,
-        others=incomplete,
-    )
-
-
-def _origins(checkpoint: Checkpoint, like: Checkpoint | None) -> dict[str, Checkpoint]:
-    return {SOURCE: checkpoint} | ({LIKE: like} if like is not None else {})
-
-
-def _finish(
-    checkpoint: Checkpoint,
-    operation: str,
-    options: Mapping[str, Any],
-    steps: list[Step],
-    quantization_config: Mapping[str, Any] | None,
-    max_shard_size: int | None,
-    *,
-    like: Checkpoint | None = None,
-) -> Plan:
-    travel, stay = side_files(checkpoint.directory, checkpoint.shards)
-    return Plan(
-        operation=operation,
-        options=dict(options) | {"max_shard_size": max_shard_size, "like": like is not None},
-        shards=lay_out(checkpoint, steps, max_shard_size),
-        dropped={},
-        config=encode_config(with_quantization(checkpoint.config_json, quantization_config)),
-        side_files=tuple(travel),
-        left_behind=tuple(stay),
-        source_files=_source_files(_origins(checkpoint, like), travel),
-        nbytes_in=checkpoint.nbytes,
-    )
-
-
-def _source_files(checkpoints: Mapping[str, Checkpoint], travel: list[str]) -> tuple[SourceFile, ...]:
-    files = [
-        SourceFile(origin, shard.name, shard.nbytes, shard.mtime_ns, shard.ctime_ns, shard.header_sha256)
-        for origin, checkpoint in checkpoints.items()
-        for shard in checkpoint.shards.values()
-    ]
-    directory = checkpoints[SOURCE].directory
-    files += [_small_file(directory, name) for name in (CONFIG_NAME, *travel)]
-    return tuple(files)
-
-
-def _small_file(directory: Path, name: str) -> SourceFile:
-    """Returns a file that is known by its content alone: touching it changes nothing."""
-    data = read_small_file(directory, name, MAX_SIDE_FILE_BYTES)
-    return SourceFile(SOURCE, name, len(data), 0, 0, hashlib.sha256(data).hexdigest())
+def _quantize(weight: StoredWeight, fp8: FP8Block, like: Checkpoint | None) -> Step:
+    step = recode_step(weight, fp8)
+    if like is None:
+        return step
+    earlier = TensorRef(f"{weight.name.prefix}.{SCALE_PART}", LIKE)
+    return replace(step, inputs={**step.inputs, LIKE_PART: earlier})

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from dsv3_tools.checkpoint.names import list_names, parse_name
 from dsv3_tools.checkpoint.paths import side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.errors import FormatError
-from dsv3_tools.formats.fp8_block import SCALE_SUFFIX, FP8Block
+from dsv3_tools.formats import Dense, Format, FP8Block
+from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
 
-__all__ = ["DTypeCount", "Inspection", "Parameters", "inspect"]
+__all__ = ["DTypeCount", "FormatCount", "Inspection", "Parameters", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class DTypeCount:
     """Tensors of one element type."""
 
     num_tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FormatCount:
+    """Quantized weights in one format; `nbytes` counts their scales and other parts, too."""
+
+    num_weights: int
+    num_parameters: int
     nbytes: int
 
 
@@ -57,6 +68,7 @@ class Inspection:
     nbytes: int
     nbytes_on_disk: int
     dtypes: dict[str, DTypeCount]
+    formats: dict[str, FormatCount]
     parameters: Parameters
     mtp_layers: tuple[int, ...]
     mtp_tensors: int
@@ -76,6 +88,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
         CheckpointError: not a checkpoint of the family, or one whose files do not agree.
     """
     with Checkpoint(directory) as checkpoint:
+        stored, problem = _read_stored(checkpoint)
         mtp = [name for name in checkpoint.specs if _layer(name) in checkpoint.config.mtp_layers]
         quantization = checkpoint.config_json.get("quantization_config")
         return Inspection(
@@ -88,12 +101,13 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
             nbytes=checkpoint.nbytes,
             nbytes_on_disk=sum(shard.nbytes for shard in checkpoint.shards.values()),
             dtypes=_count_dtypes(checkpoint),
-            parameters=_count_parameters(checkpoint),
+            formats=_count_formats(checkpoint, stored),
+            parameters=_count_parameters(checkpoint, stored),
             mtp_layers=tuple(checkpoint.config.mtp_layers),
             mtp_tensors=len(mtp),
             mtp_nbytes=sum(checkpoint.specs[name].nbytes for name in mtp),
             written_by_dsv3=(checkpoint.directory / MANIFEST_NAME).exists(),
-            odd=tuple(_oddities(checkpoint)),
+            odd=tuple(_oddities(checkpoint, stored, problem)),
         )
 
 
@@ -110,27 +124,59 @@ def _count_dtypes(checkpoint: Checkpoint) -> dict[str, DTypeCount]:
     return dict(sorted(counts.items(), key=lambda item: -item[1].nbytes))
 
 
-def _count_parameters(checkpoint: Checkpoint) -> Parameters:
+def _read_stored(checkpoint: Checkpoint) -> tuple[Stored, str | None]:
+    """Returns what is stored, and what is wrong with what `config.json` says of it."""
+    formats: tuple[Format, ...] = (FP8Block(),)
+    has_fp8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
+    problem = None
+    if has_fp8 and "quantization_config" not in checkpoint.config_json:
+        problem = "weights are FP8, but config.json has no quantization_config: engines would read raw codes"
+    else:
+        try:
+            formats = read_formats(checkpoint.config_json, CONFIG_NAME)
+        except FormatError as error:
+            problem = str(error)
+    return find_weights(checkpoint.specs, formats), problem
+
+
+def _count_formats(checkpoint: Checkpoint, stored: Stored) -> dict[str, FormatCount]:
+    counts: dict[str, FormatCount] = {}
+    for weight in _quantized(stored):
+        before = counts.get(weight.format.name, FormatCount(0, 0, 0))
+        present = [checkpoint.specs[name] for name in weight.parts.values() if name in checkpoint.specs]
+        counts[weight.format.name] = FormatCount(
+            before.num_weights + 1,
+            before.num_parameters + prod(weight.shape),
+            before.nbytes + sum(spec.nbytes for spec in present),
+        )
+    return counts
+
+
+def _quantized(stored: Stored) -> Iterator[StoredWeight]:
+    return (weight for weight in stored.weights if not isinstance(weight.format, Dense))
+
+
+def _count_parameters(checkpoint: Checkpoint, stored: Stored) -> Parameters:
     config = checkpoint.config
     shared = routed = mtp = 0
-    for name, spec in checkpoint.specs.items():
-        parsed = parse_name(name)
-        if name.endswith(SCALE_SUFFIX) or parsed is None:
-            continue
-        if parsed.layer is not None and parsed.layer in config.mtp_layers:
-            mtp += spec.num_elements
-        elif parsed.is_routed_expert:
-            routed += spec.num_elements
+    for weight in stored.weights:
+        if weight.name.layer is not None and weight.name.layer in config.mtp_layers:
+            mtp += prod(weight.shape)
+        elif weight.name.is_routed_expert:
+            routed += prod(weight.shape)
         else:
-            shared += spec.num_elements
+            shared += prod(weight.shape)
     active = shared + routed * config.num_experts_per_tok // config.n_routed_experts
     return Parameters(shared + routed, active, routed, mtp)
 
 
-def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
+def _oddities(checkpoint: Checkpoint, stored: Stored, problem: str | None) -> Iterator[str]:
     """Yields what a user should know before relying on the checkpoint."""
-    yield from differences(checkpoint.config, checkpoint.specs, SCALE_SUFFIX)
-    yield from _quantization_oddities(checkpoint)
+    strangers = {name: checkpoint.specs[name] for name in stored.refused if parse_name(name) is None}
+    yield from differences(checkpoint.config, stored.logical | strangers)
+    if problem is not None:
+        yield problem
+    yield from _quantization_oddities(checkpoint, stored)
     yield from _index_oddities(checkpoint)
     _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
     pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
@@ -138,37 +184,29 @@ def _oddities(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"pickle files, never opened nor copied: {list_names(pickles)}"
 
 
-def _quantization_oddities(checkpoint: Checkpoint) -> Iterator[str]:
-    has_fp8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
-    has_key = "quantization_config" in checkpoint.config_json
-    if has_fp8 and not has_key:
-        yield "weights are FP8, but config.json has no quantization_config: engines would read raw codes"
-    elif has_fp8:
-        try:
-            FP8Block.from_quantization_config(
-                checkpoint.config_json["quantization_config"] or {}, CONFIG_NAME
-            )
-        except FormatError as error:
-            yield str(error)
-    scales = [name for name in checkpoint.specs if name.endswith(SCALE_SUFFIX)]
-    fp8 = {name for name, spec in checkpoint.specs.items() if spec.dtype == "F8_E4M3"}
-    if unscaled := sorted(name for name in fp8 if name + SCALE_SUFFIX not in checkpoint.specs):
-        yield f"{len(unscaled)} FP8 weights have no scale: {list_names(unscaled)}"
-    if orphans := sorted(name for name in scales if name.removesuffix(SCALE_SUFFIX) not in fp8):
-        yield f"{len(orphans)} scales belong to no FP8 weight: {list_names(orphans)}"
-    has_integers = any(spec.dtype[0] in "IU" for spec in checkpoint.specs.values())
-    if has_key and not has_fp8 and not has_integers and not scales:
+def _quantization_oddities(checkpoint: Checkpoint, stored: Stored) -> Iterator[str]:
+    quantized, specs = list(_quantized(stored)), checkpoint.specs
+    if "quantization_config" in checkpoint.config_json and not quantized and not stored.refused:
         yield "no weight is quantized, but config.json has a quantization_config: vLLM would output NaN"
+    if lacking := sorted(w.code_name for w in quantized if any(n not in specs for n in w.parts.values())):
+        yield f"{len(lacking)} quantized weights have no scale or lack another part: {list_names(lacking)}"
+    if names := sorted(name for name in stored.refused if parse_name(name) is not None):
+        others = f" and {len(names) - 1} more: {list_names(names[1:])}" if names[1:] else ""
+        yield f"{names[0]} {stored.refused[names[0]]}{others}"
+    homes = checkpoint.weight_map
     apart = [
         name
-        for name in scales
-        if checkpoint.weight_map.get(name.removesuffix(SCALE_SUFFIX))
-        not in (None, checkpoint.weight_map[name])
+        for weight in quantized
+        for name in weight.parts.values()
+        if homes.get(name, homes[weight.code_name]) != homes[weight.code_name]
     ]
     if apart:
-        yield f"{len(apart)} scales are in another shard than their weight: {list_names(sorted(apart))}"
-    biases = [name for name in checkpoint.specs if name.endswith("e_score_correction_bias")]
-    if rounded := [name for name in biases if checkpoint.specs[name].dtype != "F32"]:
+        yield (
+            f"{len(apart)} parts of weights, such as scales, are in another shard than the codes: "
+            f"{list_names(sorted(apart))}"
+        )
+    biases = [name for name in specs if name.endswith("e_score_correction_bias")]
+    if rounded := [name for name in biases if specs[name].dtype != "F32"]:
         yield f"{len(rounded)} router biases are not float32: routing changes; {list_names(sorted(rounded))}"
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.deepseek_infer import check_ranks, holds_ranks
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
 from dsv3_tools.checkpoint.paths import hub_blob_sha256, read_small_file, regular_file
-from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.reader import Checkpoint, read_shard_header
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.errors import CheckpointError, Dsv3Error
 
@@ -85,10 +86,23 @@ def verify_integrity(
         unlisted = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in expected)
         problems += [f"{name}: is not in the manifest" for name in unlisted]
     try:
-        Checkpoint(folder).close()
+        _check_structure(folder)
     except Dsv3Error as error:
         problems.append(str(error))
     return IntegrityReport(folder, hashes_from, len(expected), total, tuple(problems))
+
+
+def _check_structure(folder: Path) -> None:
+    """Opens whatever kind of checkpoint `folder` holds, which reads every header.
+
+    Raises:
+        Dsv3Error: it is none, or its files do not agree.
+    """
+    if holds_ranks(folder):
+        for name in check_ranks(folder):
+            read_shard_header(folder, name)
+    else:
+        Checkpoint(folder).close()
 
 
 def _expected_hashes(folder: Path, problems: list[str]) -> tuple[str | None, dict[str, tuple[int, str]]]:

@@ -33,10 +33,13 @@ IN_A_PROCESS = (
 
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "BAD"],
+    "check": ["check", "BAD"],
     "fp8-to-bf16": ["convert", "fp8-to-bf16", "BAD", "OUT"],
     "dry run": ["convert", "fp8-to-bf16", "BAD", "OUT", "--dry-run"],
     "bf16-to-fp8": ["convert", "bf16-to-fp8", "BAD", "OUT"],
     "like": ["convert", "bf16-to-fp8", "BF16", "OUT", "--like", "BAD"],
+    "quantize int8": ["quantize", "int8", "BAD", "OUT"],
+    "int8-to-bf16": ["convert", "int8-to-bf16", "BAD", "OUT"],
     "verify integrity": ["verify", "integrity", "BAD"],
 }
 
@@ -99,5 +102,10 @@ def test_negative_control_the_right_checkpoint_is_not_refused(
     dsv3, pristine: Path, pristine_bf16: Path, tmp_path: Path, command: str
 ) -> None:
     bad = pristine_bf16 if command == "bf16-to-fp8" else pristine
+    if command == "int8-to-bf16":
+        import dsv3_tools
+
+        bad = tmp_path / "int8"
+        dsv3_tools.quantize_int8(pristine, bad)
     outcome = dsv3(*command_line(command, bad, pristine_bf16, tmp_path / "out"))
     assert (outcome.code, outcome.err) == (0, "")

@@ -10,17 +10,24 @@ import pytest
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 
+DIRECTIONS = ["fp8-to-bf16", "bf16-to-fp8", "like", "int8", "int4 --asymmetric", "int4 --rest=fp8 --mtp=drop"]
 OPTIONS: list[list[str]] = [[], ["--max-shard-size", "100KB"], ["--workers", "1"]]
 
 
 def command(direction: str, fp8: Path, bf16: Path, out: Path) -> list[str | Path]:
     if direction == "fp8-to-bf16":
         return ["convert", direction, fp8, out]
+    if direction.startswith("int"):
+        return (
+            ["quantize", *direction.split(), fp8, out]
+            if direction == "int8"
+            else ["quantize", "int4", fp8, out, "--group-size", "32", *direction.split()[1:]]
+        )
     return ["convert", "bf16-to-fp8", bf16, out, *(["--like", fp8] if direction == "like" else [])]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("direction", ["fp8-to-bf16", "bf16-to-fp8", "like"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_plan_is_what_happens(
     dsv3, fp8_checkpoint: Path, bf16_checkpoint: Path, tmp_path: Path, direction: str, options: list[str]
 ) -> None:
@@ -36,7 +43,7 @@ def test_the_plan_is_what_happens(
 
     result = dsv3(*line, "--json").document
     check(plan, result, out)
-    with Checkpoint(line[2]) as source:
+    with Checkpoint(next(part for part in line if isinstance(part, Path))) as source:
         assert plan["tensors_in"] == len(source.specs)
         assert plan["nbytes_in"] == source.nbytes
 

@@ -14,13 +14,20 @@ import pytest
 from dsv3_tools.cli import app
 
 COMMANDS = {
+    "check": ("check",),
     "inspect": ("inspect",),
     "sample": ("sample",),
     "convert fp8-to-bf16": ("convert", "fp8-to-bf16"),
     "convert bf16-to-fp8": ("convert", "bf16-to-fp8"),
+    "convert int8-to-bf16": ("convert", "int8-to-bf16"),
+    "convert int4-to-bf16": ("convert", "int4-to-bf16"),
+    "quantize int8": ("quantize", "int8"),
+    "quantize int4": ("quantize", "int4"),
+    "convert to-deepseek-infer": ("convert", "to-deepseek-infer"),
     "verify integrity": ("verify", "integrity"),
 }
-HELPS = {"": (), "convert": ("convert",), "verify": ("verify",)} | COMMANDS
+GROUPS = ("convert", "quantize", "verify")
+HELPS = {"": ()} | {name: (name,) for name in GROUPS} | COMMANDS
 
 
 def real_command(name: str) -> click.Command:
@@ -104,12 +111,17 @@ def test_every_help_has_an_example_of_that_command(name: str) -> None:
 
 def test_the_examples_run(dsv3, miniature: Path, tmp_path: Path) -> None:
     """In the order in which one leaves what the next one reads."""
-    for name in ("sample", "inspect", "convert fp8-to-bf16", "verify integrity", "convert bf16-to-fp8"):
+    writing = ("convert fp8-to-bf16", "verify integrity", "convert bf16-to-fp8", "convert to-deepseek-infer")
+    integers = ("quantize int8", "quantize int4", "convert int8-to-bf16", "convert int4-to-bf16")
+    assert {"sample", "inspect", "check", *writing, *integers} == COMMANDS.keys()
+    for name in ("sample", "inspect", "check", *writing, *integers):
         for example in examples(name):
             line = example.replace("/tmp/", f"{tmp_path}/")
             outcome = dsv3(*shlex.split(line.replace("miniature/checkpoint", str(miniature))))
             assert (outcome.code, outcome.err) == (0, ""), example
-    assert {"mini-bf16", "mini-fp8", "v3-headers"} == {path.name for path in tmp_path.iterdir()}
+    made = {"mini-bf16", "mini-fp8", "mini-infer-mp4", "v3-headers"}
+    made |= {"mini-W8A8", "mini-W8A8-bf16", "mini-W4A16", "mini-W4A16-bf16"}
+    assert made == {path.name for path in tmp_path.iterdir()}
 
 
 def test_what_the_first_help_page_says_runs(dsv3, fp8_checkpoint: Path, tmp_path: Path) -> None:
@@ -131,7 +143,7 @@ def test_completion_scripts(dsv3_process, shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["dsv3", ""], {"convert", "inspect", "sample", "verify"}),
+        (["dsv3", ""], {"check", "convert", "inspect", "quantize", "sample", "verify"}),
         (["dsv3", "convert", "f"], {"fp8-to-bf16"}),
         (["dsv3", "verify", ""], {"integrity"}),
         (["dsv3", "convert", "bf16-to-fp8", "--s"], {"--scale-fmt"}),

@@ -130,16 +130,20 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
         replace(GATE_BIAS, lambda bias: bias.bfloat16()),
         f"1 router biases are not float32: routing changes; {re.escape(GATE_BIAS)}",
     ),
-    "scale in another shard": ("fp8", scale_in_another_shard, "1 scales are in another shard .*o_proj"),
+    "scale in another shard": (
+        "fp8",
+        scale_in_another_shard,
+        "1 parts of weights, such as scales, are in another shard .*o_proj",
+    ),
     "missing scale": (
         "fp8",
         replace(O_PROJ + "_scale_inv", lambda _: None),
-        "1 FP8 weights have no scale",
+        "1 quantized weights have no scale",
     ),
     "scale without weight": (
         "fp8",
         replace(O_PROJ, lambda weight: weight.to(torch.bfloat16)),
-        "1 scales belong to no FP8 weight: .*o_proj.weight_scale_inv",
+        "model.*o_proj.weight_scale_inv is there but its weight is BF16",
     ),
     "wrong shape": (
         "fp8",
@@ -180,8 +184,9 @@ def test_the_text_of_an_fp8_checkpoint(dsv3, fp8_checkpoint: Path) -> None:
     assert lines[4] == (
         "  quantization: activation_scheme dynamic, fmt e4m3, quant_method fp8, weight_block_size [128, 128]"
     )
-    assert lines[5].endswith(f"in 4 shards ({on_disk:,} bytes on disk)")
-    assert [line.split()[0] for line in lines[6:]] == ["F8_E4M3", "BF16", "F32"]
+    assert lines[5] == "    fp8_block: 104 weights, 1,683,456 parameters in 1,684,400 bytes"
+    assert lines[6].endswith(f"in 4 shards ({on_disk:,} bytes on disk)")
+    assert [line.split()[0] for line in lines[7:]] == ["F8_E4M3", "BF16", "F32"]
 
 
 def test_the_text_of_a_bf16_checkpoint(dsv3, bf16_checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small checkpoints, the three conversions, and the tools that interrupt and examine a run.
+"""Small checkpoints, every command that writes one, and the tools that interrupt and examine a run.
 
 The tests live in files without a package, so what they share comes as fixtures.
 """
@@ -67,22 +67,37 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, bytes] = field(default_factory=dict)
 
+    @property
+    def source_kind(self) -> str:
+        """What the source's quantized weights are: "fp8", "int8", "int4", or "bf16" if there are none."""
+        first, _, second = self.operation.partition(" ")
+        return "fp8" if first == "quantize" else second.partition("-")[0]
+
     def convert(self, destination: Path, **options: Any) -> RunResult:
-        """Runs the conversion on the CPU, with one worker unless told otherwise."""
+        """Runs the command's function on the CPU, with one worker unless told otherwise."""
         options = {"device": "cpu", "workers": 1} | self.options | options
-        if self.operation == "fp8-to-bf16":
-            return dsv3_tools.convert_fp8_to_bf16(self.source, destination, **options)
-        return dsv3_tools.convert_bf16_to_fp8(self.source, destination, like=self.like, **options)
+        if self.like is not None:
+            options["like"] = self.like
+        name = self.operation.replace(" ", "_").replace("-", "_")
+        result: RunResult = getattr(dsv3_tools, name)(self.source, destination, **options)
+        return result
 
     def arguments(self, destination: Path) -> list[str]:
         """Returns the arguments of `dsv3` for the same."""
-        like = [] if self.like is None else ["--like", str(self.like)]
-        return ["convert", self.operation, str(self.source), str(destination), "--device", "cpu", *like]
+        given = {"device": "cpu"} | self.options | ({"like": self.like} if self.like is not None else {})
+        flags = [flag for key, value in given.items() for flag in _flag(key.replace("_", "-"), value)]
+        return [*self.operation.split(), str(self.source), str(destination), *flags]
 
     def with_own_source(self, folder: Path) -> Case:
         """Returns the case over copies of its sources, with the same times, that a test may damage."""
         like = None if self.like is None else Tools.copy(self.like, folder / "like")
         return replace(self, source=Tools.copy(self.source, folder / "source"), like=like)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is False:
+        return ["--asymmetric" if name == "symmetric" else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 class Tools:
@@ -313,28 +328,43 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+COMMANDS: dict[str, dict[str, Any]] = {
+    "quantize-int8": {"operation": "quantize int8"},
+    "quantize-int8-block": {"operation": "quantize int8", "options": {"scheme": "block"}},
+    "quantize-int4": {"operation": "quantize int4", "options": {"group_size": 32, "symmetric": False}},
+    "quantize-int4-gptq": {"operation": "quantize int4", "options": {"group_size": 32, "layout": "gptq"}},
+}
+"""What is made of the FP8 checkpoint, beside its BF16 form."""
+
+CASES = ("fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like", *COMMANDS, "int8-to-bf16", "int4-to-bf16")
+
+
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """The three conversions of one tiny model; the BF16 one has a weight changed since it was FP8."""
+    """Every command on one tiny model; the BF16 one has a weight changed since it was FP8."""
     root = tmp_path_factory.mktemp("cases")
     fp8 = Tools.make(root / "fp8")
-    first = Case("fp8-to-bf16", fp8)
+    first = Case("convert fp8-to-bf16", fp8)
     Tools.convert_quickly(first, root / "fp8-to-bf16")
     bf16 = Tools.copy(root / "fp8-to-bf16", root / "bf16")
     Tools.poke(bf16, "model.layers.1.mlp.experts.1.up_proj.weight", 3, b"\x00\x3f")  # 0.5
     made = {
         "fp8-to-bf16": first,
-        "bf16-to-fp8": Case("bf16-to-fp8", bf16),
-        "bf16-to-fp8-like": Case("bf16-to-fp8", bf16, like=fp8),
+        "bf16-to-fp8": Case("convert bf16-to-fp8", bf16),
+        "bf16-to-fp8-like": Case("convert bf16-to-fp8", bf16, like=fp8),
+        **{name: Case(source=fp8, **what) for name, what in COMMANDS.items()},
+        "int8-to-bf16": Case("convert int8-to-bf16", root / "quantize-int8"),
+        "int4-to-bf16": Case("convert int4-to-bf16", root / "quantize-int4"),
     }
     for name, case in made.items():
         if not (root / name).exists():
             Tools.convert_quickly(case, root / name)
         made[name] = replace(case, expected=Tools.snapshot(root / name))
+    assert made.keys() == set(CASES)
     return made
 
 
-@pytest.fixture(params=["fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like"])
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
     return cases[request.param]
 

@@ -154,8 +154,10 @@ def test_copied_tensors_that_are_not_finite(case, tools, tmp_path):
 
 def poison(tools, case, chance) -> dict[str, int]:
     """Puts NaN and infinities into the source; returns how many elements of each tensor they make."""
-    fp8 = case.operation == "fp8-to-bf16"
-    wanted = {f"{UP}.weight": 5, "model.layers.0.self_attn.o_proj.weight": 2, NORM: 3, BIAS: 1}
+    fp8 = case.source_kind == "fp8"
+    wanted = {NORM: 3, BIAS: 1}
+    if case.source_kind in ("fp8", "bf16"):  # integers have no NaN
+        wanted |= {f"{UP}.weight": 5, "model.layers.0.self_attn.o_proj.weight": 2}
     for name, count in wanted.items():
         size = {NORM: 160, BIAS: 2}.get(name, 96 * 64)
         for element in chance.sample(range(size), count):
@@ -177,7 +179,7 @@ def test_kept_elements_are_counted(case, tools, tmp_path, chance):
     manifest = json.loads((tmp_path / "out" / tools.manifest).read_bytes())
     assert manifest["nonfinite"] == dict(sorted(wanted.items()))
     found = weights_of(tmp_path / "out")
-    if own.operation == "fp8-to-bf16":
+    if own.operation == "convert fp8-to-bf16":
         counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in found.items()}
         assert {name: count for name, count in counts.items() if count} == wanted
         bits = found[f"{UP}.weight"].view(torch.int16).numpy().astype(np.uint16)
@@ -270,7 +272,7 @@ UNPLANNABLE = {
     ),
     "int8 weight": (
         retype(f"{UP}.weight", lambda t: t.view(torch.int8)),
-        rf"{UP}\.weight \(I8 \[96, 160\]\) is neither an FP8 weight nor",
+        rf"{UP}\.weight \(I8 \[96, 160\]\) is neither a quantized weight nor",
     ),
     "uint8 weight": (retype(f"{UP}.weight", lambda t: t.view(torch.uint8)), r"\(U8 \[96, 160\]\) is neither"),
     "other FP8": (
@@ -349,7 +351,10 @@ def test_source_that_is_fp8_already(cases, tmp_path):
 
 def test_fp8_weights_without_quantization_config(fp8_case, tools, tmp_path):
     tools.edit_config(fp8_case.source, lambda config: config.pop("quantization_config"))
-    with pytest.raises(PlanError, match=r"_scale_inv \(F32 \[2, 2\]\) is not an unquantized tensor"):
+    with pytest.raises(
+        PlanError,
+        match=r"_scale_inv \(F32 \[2, 2\]\) is neither a quantized weight nor an unquantized tensor",
+    ):
         dsv3_tools.convert_bf16_to_fp8(fp8_case.source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -23,17 +23,43 @@ def mini(tools, tmp_path_factory):
     }
     fp8 = tools.make(root / "fp8", layers=3, experts=4, shards=8, overrides=overrides)
     dsv3_tools.convert_fp8_to_bf16(fp8, root / "bf16", device="cpu", workers=1)
+    for name, operation in (("int8", "quantize-int8-block"), ("int4", "quantize-int4")):
+        convert(root, operation, root / name, workers=1)
     return root
 
 
+MADE = {
+    "quantize-int8": lambda root, out, **o: dsv3_tools.quantize_int8(root / "fp8", out, **o),
+    "quantize-int8-block": lambda root, out, **o: dsv3_tools.quantize_int8(
+        root / "fp8", out, scheme="block", **o
+    ),
+    "quantize-int8-from-bf16": lambda root, out, **o: dsv3_tools.quantize_int8(root / "bf16", out, **o),
+    "quantize-int4": lambda root, out, **o: dsv3_tools.quantize_int4(
+        root / "fp8", out, group_size=32, symmetric=False, **o
+    ),
+    "quantize-int4-awq": lambda root, out, **o: dsv3_tools.quantize_int4(
+        root / "bf16", out, group_size=32, layout="awq", **o
+    ),
+    "quantize-int4-fp8": lambda root, out, **o: dsv3_tools.quantize_int4(
+        root / "fp8", out, group_size=32, rest="fp8", **o
+    ),
+    "int8-to-bf16": lambda root, out, **o: dsv3_tools.convert_int8_to_bf16(root / "int8", out, **o),
+    "int4-to-bf16": lambda root, out, **o: dsv3_tools.convert_int4_to_bf16(root / "int4", out, **o),
+}
+
+
 def convert(root, operation, out, **options):
+    if operation in MADE:
+        return MADE[operation](root, out, device="cpu", **options)
     if operation == "fp8-to-bf16":
         return dsv3_tools.convert_fp8_to_bf16(root / "fp8", out, device="cpu", **options)
     like = root / "fp8" if operation.endswith("like") else None
     return dsv3_tools.convert_bf16_to_fp8(root / "bf16", out, like=like, device="cpu", **options)
 
 
-OPERATIONS = pytest.mark.parametrize("operation", ["fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like"])
+OPERATIONS = pytest.mark.parametrize(
+    "operation", ["fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like", *sorted(MADE)]
+)
 
 
 @OPERATIONS

@@ -163,9 +163,13 @@ def test_like_changed_between_kill_and_rerun(cases, tools, tmp_path, name):
 
 def other_options(case) -> list[dict]:
     common = [{"max_shard_size": 100_000}]
-    if case.operation == "fp8-to-bf16":
-        return [*common, {"scale_semantics": "inverse"}]
-    return common if case.like else [*common, {"scale_fmt": "ue8m0"}]
+    other = {
+        "convert fp8-to-bf16": {"scale_semantics": "inverse"},
+        "convert bf16-to-fp8": {"scale_fmt": "ue8m0"},
+        "quantize int8": {"exclude": ("*.o_proj",)},
+        "quantize int4": {"scale_search": "absmax"},
+    }
+    return common if case.like or case.operation not in other else [*common, other[case.operation]]
 
 
 def test_other_options_do_not_go_on(case, tools, tmp_path):

@@ -37,10 +37,15 @@ main()
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def chosen(cases):
+    """One command of each kind; how a run ends does not depend on what it writes."""
+    return [cases[name] for name in ("fp8-to-bf16", "bf16-to-fp8-like", "quantize-int4")]
+
+
 def test_signals_end_a_run_cleanly(cases, tools, tmp_path):
     """A signal for each conversion, all at once: most of the time goes into starting the processes."""
     runs = {}
-    for signum, case in zip(SIGNALS, cases.values(), strict=True):
+    for signum, case in zip(SIGNALS, chosen(cases), strict=True):
         command = [sys.executable, "-c", SLOWLY, *case.arguments(tmp_path / signum.name), "--workers", "1"]
         runs[signum] = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -51,7 +56,7 @@ def test_signals_end_a_run_cleanly(cases, tools, tmp_path):
             assert run.poll() is None, run.communicate()[1]
             time.sleep(0.02)
         run.send_signal(signum)
-    for (signum, run), case in zip(runs.items(), cases.values(), strict=True):
+    for (signum, run), case in zip(runs.items(), chosen(cases), strict=True):
         out, began = tmp_path / signum.name, time.monotonic()
         _, errors = run.communicate(timeout=30)
         assert time.monotonic() - began < 10

@@ -1,0 +1,208 @@
+"""`dsv3 quantize` as functions, and the plans that they and the commands carry out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.api import Opened, PathLike, carry_out
+from dsv3_tools.conversion.executor import RunResult
+from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.plan import SOURCE, Plan
+from dsv3_tools.conversion.progress import Progress, Stop
+from dsv3_tools.conversion.quantization import INT4Options, INT8Options, plan_int4, plan_int8
+from dsv3_tools.conversion.ranks import ALONE, Ranks
+
+__all__ = ["open_quantize_int4", "open_quantize_int8", "quantize_int4", "quantize_int8"]
+
+
+def quantize_int8(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    scheme: str = "channel",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    mtp: str = "quantize",
+    device: str = "auto",
+    workers: int | None = None,
+    max_shard_size: int | None = None,
+    partial: bool = False,
+    nonfinite: str = "error",
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Stop | None = None,
+    ranks: Ranks = ALONE,
+) -> RunResult:
+    """Quantizes an FP8 or BF16 checkpoint to INT8, or goes on where an interrupted run stopped.
+
+    Example:
+        >>> import tempfile
+        >>> result = quantize_int8("miniature/checkpoint", tempfile.mkdtemp(), device="cpu")
+        >>> result.shards_written
+        4
+
+    Args:
+        source: directory of the checkpoint.
+        destination: directory to write, empty or absent.
+        scheme: "channel" (a scale for each row: vLLM, SGLang, Ascend) or "block" (128 x 128: SGLang).
+        include: patterns of module names to quantize beside the recipe's.
+        exclude: patterns of module names to leave in BF16.
+        mtp: "quantize" the MTP module alike, "keep" it unquantized, or "drop" it.
+        device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
+        workers: shards worked on at once.
+        max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
+        partial: the source is only a part of the model that its `config.json` describes.
+        nonfinite: "error" refuses NaN and infinity, "keep" takes them for zeros and counts them.
+        overwrite: replace whatever checkpoint is at `destination`.
+        on_plan: called with the plan before anything is written.
+        on_progress: called with every step, from any thread.
+        stop: lets a signal handler end the run cleanly.
+        ranks: `Ranks.join()` shares the run with the other processes that torchrun started; every one of
+            them must make the same call.
+
+    Raises:
+        Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
+    """
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    opened = open_quantize_int8(
+        source,
+        scheme=scheme,
+        include=include,
+        exclude=exclude,
+        mtp=mtp,
+        max_shard_size=max_shard_size,
+        partial=partial,
+    )
+    return carry_out(opened, destination, options, on_plan)
+
+
+def quantize_int4(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    layout: str = "compressed-tensors",
+    group_size: int = 128,
+    symmetric: bool = True,
+    scale_search: str = "mse",
+    activations: str | None = None,
+    rest: str = "bf16",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    mtp: str = "quantize",
+    device: str = "auto",
+    workers: int | None = None,
+    max_shard_size: int | None = None,
+    partial: bool = False,
+    nonfinite: str = "error",
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Stop | None = None,
+    ranks: Ranks = ALONE,
+) -> RunResult:
+    """Quantizes the routed experts of a checkpoint to INT4, or goes on where a run stopped.
+
+    Example:
+        >>> import tempfile
+        >>> result = quantize_int4("miniature/checkpoint", tempfile.mkdtemp(), device="cpu")
+        >>> result.shards_written
+        4
+
+    Args:
+        source: directory of the checkpoint: FP8, BF16, or quantized otherwise.
+        destination: directory to write, empty or absent.
+        layout: "compressed-tensors", "gptq" or "awq".
+        group_size: neighbours in a row that share a scale: 32, 64 or 128.
+        symmetric: no zero points.
+        scale_search: "mse" takes the scale with the smallest squared error, "absmax" that of the largest
+            weight.
+        activations: "fp8" has engines quantize the inputs of INT4 weights (W4A8); None leaves them alone.
+        rest: what other linears are stored in: "bf16", or "fp8" in 128 x 128 blocks.
+        include: patterns of module names to quantize beside the routed experts.
+        exclude: patterns of module names to leave out.
+        mtp: "quantize" the MTP module alike, "keep" it unquantized, or "drop" it.
+        device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
+        workers: shards worked on at once.
+        max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
+        partial: the source is only a part of the model that its `config.json` describes.
+        nonfinite: "error" refuses NaN and infinity, "keep" takes them for zeros and counts them.
+        overwrite: replace whatever checkpoint is at `destination`.
+        on_plan: called with the plan before anything is written.
+        on_progress: called with every step, from any thread.
+        stop: lets a signal handler end the run cleanly.
+        ranks: `Ranks.join()` shares the run with the other processes that torchrun started; every one of
+            them must make the same call.
+
+    Raises:
+        Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
+    """
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    opened = open_quantize_int4(
+        source,
+        layout=layout,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_search=scale_search,
+        activations=activations,
+        rest=rest,
+        include=include,
+        exclude=exclude,
+        mtp=mtp,
+        max_shard_size=max_shard_size,
+        partial=partial,
+    )
+    return carry_out(opened, destination, options, on_plan)
+
+
+@contextmanager
+def open_quantize_int8(
+    source: PathLike,
+    *,
+    scheme: str = "channel",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    mtp: str = "quantize",
+    max_shard_size: int | None = None,
+    partial: bool = False,
+) -> Iterator[Opened]:
+    """Opens what `quantize_int8` reads, and plans it; see `open_fp8_to_bf16`."""
+    options = INT8Options(tuple(include), tuple(exclude), mtp, scheme)
+    with Checkpoint(source) as checkpoint:
+        plan = plan_int8(checkpoint, options, max_shard_size=max_shard_size, partial=partial)
+        yield plan, {SOURCE: checkpoint}
+
+
+@contextmanager
+def open_quantize_int4(
+    source: PathLike,
+    *,
+    layout: str = "compressed-tensors",
+    group_size: int = 128,
+    symmetric: bool = True,
+    scale_search: str = "mse",
+    activations: str | None = None,
+    rest: str = "bf16",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    mtp: str = "quantize",
+    max_shard_size: int | None = None,
+    partial: bool = False,
+) -> Iterator[Opened]:
+    """Opens what `quantize_int4` reads, and plans it; see `open_fp8_to_bf16`."""
+    options = INT4Options(
+        tuple(include),
+        tuple(exclude),
+        mtp,
+        layout,
+        group_size,
+        symmetric,
+        scale_search,
+        activations,
+        rest,
+    )
+    with Checkpoint(source) as checkpoint:
+        plan = plan_int4(checkpoint, options, max_shard_size=max_shard_size, partial=partial)
+        yield plan, {SOURCE: checkpoint}

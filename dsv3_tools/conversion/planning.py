@@ -1,0 +1,153 @@
+"""What all planners share: from steps to a plan, having refused whatever does not add up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools.checkpoint.architecture import differences
+from dsv3_tools.checkpoint.config import CONFIG_NAME, encode_config
+from dsv3_tools.checkpoint.paths import read_small_file, side_files
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.checking import check_steps
+from dsv3_tools.conversion.layout import lay_out
+from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef
+from dsv3_tools.errors import CheckpointError
+from dsv3_tools.formats import Dense, Format
+from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
+
+__all__ = [
+    "LIKE",
+    "MAX_SIDE_FILE_BYTES",
+    "check_plan",
+    "finish_plan",
+    "read_stored",
+    "recode_step",
+    "require_work",
+    "source_files",
+]
+
+MAX_SIDE_FILE_BYTES = 100_000_000
+"""Tokenizers are up to 30 MB; small files are held in memory."""
+
+LIKE = "like"
+
+
+def read_stored(checkpoint: Checkpoint) -> Stored:
+    """Returns what the checkpoint stores, in the formats that its `config.json` states.
+
+    Raises:
+        FormatError: a quantization that is not known here.
+    """
+    where = str(checkpoint.directory / CONFIG_NAME)
+    return find_weights(checkpoint.specs, read_formats(checkpoint.config_json, where))
+
+
+def recode_step(weight: StoredWeight, target: Format) -> Step:
+    """Returns the step that takes a weight to `target` format: a byte copy if it has it already."""
+    own = weight.format
+    if isinstance(own, Dense) and own == target:
+        return Step.copy(weight.full_name, own.parts(weight.shape)["weight"])
+    if isinstance(target, Dense):
+        outputs = {"weight": weight.full_name}
+    else:
+        outputs = {part: f"{weight.name.prefix}.{part}" for part in target.part_names}
+    inputs = {part: TensorRef(name) for part, name in weight.parts.items()}
+    return Step(weight.shape, inputs, outputs, own, target, own.code_dtype)
+
+
+def check_plan(
+    checkpoint: Checkpoint,
+    stored: Stored,
+    steps: Sequence[Step],
+    *,
+    partial: bool,
+    refused: Mapping[str, str] | None = None,
+    dropped: Mapping[str, str] | None = None,
+    like: Checkpoint | None = None,
+) -> None:
+    """Refuses, in one message, whatever does not add up.
+
+    Args:
+        checkpoint: the source.
+        stored: what it stores.
+        steps: what is to be done with it.
+        partial: it is only a part of the model that its `config.json` describes.
+        refused: what else the planner could not place.
+        dropped: tensors left out, with the reason.
+        like: the checkpoint of origin "like".
+
+    Raises:
+        PlanError: with every problem found.
+    """
+    incomplete = [] if partial else list(differences(checkpoint.config, stored.logical))
+    if incomplete:
+        incomplete[-1] += " (--partial converts what is there)"
+    check_steps(
+        str(checkpoint.directory),
+        {origin: other.specs for origin, other in _origins(checkpoint, like).items()},
+        steps,
+        dropped=dropped or {},
+        refused={**stored.refused, **(refused or {})},
+        others=incomplete,
+    )
+
+
+def finish_plan(
+    checkpoint: Checkpoint,
+    operation: str,
+    options: Mapping[str, Any],
+    steps: Sequence[Step],
+    config: Mapping[str, Any],
+    max_shard_size: int | None,
+    *,
+    like: Checkpoint | None = None,
+    dropped: Mapping[str, str] | None = None,
+) -> Plan:
+    """Returns the plan of steps that have been checked; `config` is the new `config.json`."""
+    travel, stay = side_files(checkpoint.directory, checkpoint.shards)
+    return Plan(
+        operation=operation,
+        options=dict(options) | {"max_shard_size": max_shard_size, "like": like is not None},
+        shards=lay_out(checkpoint, steps, max_shard_size),
+        dropped=dict(dropped or {}),
+        config=encode_config(config),
+        side_files=tuple(travel),
+        left_behind=tuple(stay),
+        source_files=source_files(_origins(checkpoint, like), travel),
+        nbytes_in=checkpoint.nbytes,
+    )
+
+
+def require_work(checkpoint: Checkpoint, steps: Sequence[Step], what: str) -> None:
+    """Refuses a plan that would only copy.
+
+    Raises:
+        CheckpointError: every step is a copy.
+    """
+    if all(step.is_copy for step in steps):
+        raise CheckpointError(f"{checkpoint.directory}: {what}")
+
+
+def _origins(checkpoint: Checkpoint, like: Checkpoint | None) -> dict[str, Checkpoint]:
+    return {SOURCE: checkpoint} | ({LIKE: like} if like is not None else {})
+
+
+def source_files(checkpoints: Mapping[str, Checkpoint], travel: Sequence[str]) -> tuple[SourceFile, ...]:
+    """Returns what a run reads: the shards of all origins, the config, and the files that `travel`."""
+    files = [
+        SourceFile(origin, shard.name, shard.nbytes, shard.mtime_ns, shard.ctime_ns, shard.header_sha256)
+        for origin, checkpoint in checkpoints.items()
+        for shard in checkpoint.shards.values()
+    ]
+    directory = checkpoints[SOURCE].directory
+    files += [_small_file(directory, name) for name in (CONFIG_NAME, *travel)]
+    return tuple(files)
+
+
+def _small_file(directory: Path, name: str) -> SourceFile:
+    """Returns a file that is known by its content alone: touching it changes nothing."""
+    data = read_small_file(directory, name, MAX_SIDE_FILE_BYTES)
+    return SourceFile(SOURCE, name, len(data), 0, 0, hashlib.sha256(data).hexdigest())
