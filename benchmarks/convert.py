@@ -1,7 +1,9 @@
-"""Whole conversions, FP8 to BF16 and back, against the machine's floor and against other tools.
+"""Whole conversions, FP8 to BF16 and back and to integers, against the machine's floor and other tools.
 
     python benchmarks/convert.py                        2 CPU workers, page cache warm and cold
     python benchmarks/convert.py --peers reference-loop compressed-tensors --rounds 3 --warm-only
+    python benchmarks/convert.py --quantize             FP8 to INT4 and INT8
+    python benchmarks/convert.py --quantize --peers llm-compressor --llmcompressor DIR --rounds 3
     python benchmarks/convert.py --device cuda --workers 3 --experts 88 --shards 3
     python benchmarks/convert.py --folder /dev/shm --scaling cuda:0 cuda:0,1
     python benchmarks/convert.py --folder /dev/shm --scaling cpu cpu --workers 1
@@ -25,12 +27,24 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dsv3_tools
+from dsv3_tools.conversion.api import open_bf16_to_fp8, open_fp8_to_bf16
+from dsv3_tools.conversion.api_quantize import open_quantize_int4, open_quantize_int8
 
 BLOCK_NBYTES = 4 << 20
-PEERS = ("reference-loop", "compressed-tensors")
+PEERS = ("reference-loop", "compressed-tensors", "llm-compressor")
+
+QUANTIZE: dict[str, dict[str, Any]] = {
+    "quantize int4 absmax": {"scale_search": "absmax"},
+    "quantize int4 mse": {"scale_search": "mse"},
+    "quantize int8 channel": {"scheme": "channel"},
+    "quantize int8 block": {"scheme": "block"},
+}
 
 
 def main() -> None:
@@ -46,6 +60,10 @@ def main() -> None:
         describe(folder / "fp8")
         if arguments.scaling:
             report_scaling(folder, arguments)
+            return
+        if arguments.quantize:
+            for name in QUANTIZE:
+                report(name, folder, arguments, cold=False)
             return
         for cold in (False, True) if can_drop_caches() and not arguments.warm_only else (False,):
             report("fp8-to-bf16", folder, arguments, cold=cold)
@@ -68,6 +86,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm-only", action="store_true", help="leave out the cold page cache")
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="other tools to run too (slow)")
     parser.add_argument("--scaling", nargs=2, metavar="DEVICES", help="compare two device lists instead")
+    parser.add_argument("--quantize", action="store_true", help="measure quantization to integers")
+    parser.add_argument(
+        "--llmcompressor", help="where llm-compressor is, installed by pip --target --no-deps"
+    )
+    parser.add_argument("--ratio", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
@@ -95,8 +118,9 @@ def report(operation: str, folder: Path, arguments: argparse.Namespace, *, cold:
     names = ["floor", operation]
     if arguments.device != "cpu":
         names.append(operation + " on the cpu")
-    if operation == "fp8-to-bf16":
+    if operation in ("fp8-to-bf16", "quantize int4 absmax"):
         names += arguments.peers
+    arguments.ratio = ratio_of(operation, source)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name in names:
@@ -111,6 +135,18 @@ def report(operation: str, folder: Path, arguments: argparse.Namespace, *, cold:
         memory = statistics.median(found["memory"] for found in rounds[name])
         print(f"| {name} | {seconds:.2f} | {ratio:.2f} | {memory / 1e6:.0f} MB |")
     print(flush=True)
+
+
+def ratio_of(operation: str, source: Path) -> float:
+    """Returns the bytes that the operation writes for each byte that it reads."""
+    opened = {
+        "fp8-to-bf16": lambda: open_fp8_to_bf16(source),
+        "bf16-to-fp8": lambda: open_bf16_to_fp8(source),
+        "quantize int4": lambda: open_quantize_int4(source),
+        "quantize int8": lambda: open_quantize_int8(source),
+    }[operation.rpartition(" ")[0] or operation]
+    with opened() as (plan, _):
+        return plan.nbytes_out / plan.nbytes_in
 
 
 def report_scaling(folder: Path, arguments: argparse.Namespace) -> None:
@@ -136,6 +172,9 @@ def run_in_process(
     device = "cpu" if name.endswith("on the cpu") else arguments.device
     command = [sys.executable, __file__, "--one", name, "--source", str(source), "--out", str(out)]
     command += ["--device", device, "--workers", str(arguments.workers)]
+    command += ["--ratio", str(arguments.ratio or 1.0)]
+    if arguments.llmcompressor:
+        command += ["--llmcompressor", arguments.llmcompressor]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out, ignore_errors=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -152,6 +191,9 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
         "bf16-to-fp8 on the cpu": ours,
         "reference-loop": reference_loop,
         "compressed-tensors": compressed_tensors,
+        "llm-compressor": llm_compressor,
+        **dict.fromkeys(QUANTIZE, ours),
+        **{f"{name} on the cpu": ours for name in QUANTIZE},
     }[arguments.one]
     source, out = Path(arguments.source), Path(arguments.out)
     run = contestant(source, out, arguments)
@@ -164,7 +206,6 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def floor(source: Path, out: Path, arguments: argparse.Namespace):
-    operation_writes_more = dsv3_tools.inspect(source).quantization is not None
     files = sorted(source.glob("*.safetensors"))
 
     def copy(mine: list[Path]) -> None:
@@ -175,11 +216,9 @@ def floor(source: Path, out: Path, arguments: argparse.Namespace):
                 (out / path.name).open("xb", buffering=0) as writing,
             ):
                 while count := reading.readinto(block):
-                    if operation_writes_more:
-                        writing.write(block[:count])
-                        writing.write(block[:count])
-                    else:
-                        writing.write(block[: count // 2])
+                    left = round(count * arguments.ratio)
+                    while left > 0:
+                        left -= writing.write(block[:left])
                 os.fsync(writing.fileno())
 
     def run() -> None:
@@ -195,14 +234,15 @@ def floor(source: Path, out: Path, arguments: argparse.Namespace):
 
 
 def ours(source: Path, out: Path, arguments: argparse.Namespace):
-    convert = dsv3_tools.convert_bf16_to_fp8
-    if arguments.one.startswith("fp8-to-bf16"):
-        convert = dsv3_tools.convert_fp8_to_bf16
-    warm_up(arguments, out.parent)
+    name = arguments.one.removesuffix(" on the cpu")
+    kind = name.rpartition(" ")[0] or f"convert {name}"
+    function = getattr(dsv3_tools, kind.replace(" ", "_").replace("-", "_"))
+    convert = partial(function, **QUANTIZE.get(name, {}))
+    warm_up(arguments, out.parent, convert if name in QUANTIZE else None)
     return lambda: convert(source, out, device=arguments.device, workers=arguments.workers)
 
 
-def warm_up(arguments: argparse.Namespace, folder: Path) -> None:
+def warm_up(arguments: argparse.Namespace, folder: Path, convert: Callable[..., Any] | None = None) -> None:
     """Compiles the kernels, starts every device and takes every worker's memory, on a tiny checkpoint."""
     small = {"hidden_size": 128, "moe_intermediate_size": 128, "vocab_size": 128, "num_attention_heads": 1}
     small |= {
@@ -216,6 +256,8 @@ def warm_up(arguments: argparse.Namespace, folder: Path) -> None:
     dsv3_tools.sample(place / "fp8", layers=2 * workers, experts=1, shards=workers, overrides=small)
     dsv3_tools.convert_fp8_to_bf16(place / "fp8", place / "bf16", device=device, workers=workers)
     dsv3_tools.convert_bf16_to_fp8(place / "bf16", place / "again", device=device, workers=workers)
+    if convert is not None:
+        convert(place / "fp8", place / "integers", device=device, workers=workers)
     shutil.rmtree(place)
 
 
@@ -260,6 +302,27 @@ def compressed_tensors(source: Path, out: Path, arguments: argparse.Namespace):
     converter = FP8BlockDequantizer.from_pretrained(source)
     return lambda: convert_checkpoint(
         source, out, converter, max_workers=arguments.workers, device=arguments.device
+    )
+
+
+def llm_compressor(source: Path, out: Path, arguments: argparse.Namespace):
+    """Its path without a model: FP8 dequantized by compressed-tensors, then INT4 in groups of 128."""
+    from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
+    from cpu_kernels import shadow_llm_compressor
+
+    shadow_llm_compressor(Path(arguments.llmcompressor))
+    del sys.modules["llmcompressor.entrypoints.model_free"]  # this one's own `__init__` is wanted
+    from llmcompressor.entrypoints.model_free import model_free_ptq
+
+    ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp.gate$", "lm_head", "re:.*embed_tokens"]
+    return lambda: model_free_ptq(
+        source,
+        out,
+        scheme="W4A16",
+        ignore=ignored,
+        max_workers=arguments.workers,
+        device=arguments.device,
+        converter=FP8BlockDequantizer.from_pretrained(source),
     )
 
 

@@ -3,11 +3,12 @@
     python benchmarks/quality.py                         prints the table
     python benchmarks/quality.py --readme README.md      and puts it between the marks there
 
-Every format is made by its command from the shipped FP8 checkpoint and decoded by ours. The model then runs in
-float32 on the CPU, in transformers' own implementation, over the 64 held-out excerpts of 256 tokens
-(`miniature/heldout_tokens.safetensors`). KL is that of the released FP8 weights' next-token distribution to the
-format's, in float64, mean over tokens. SNR is over the weights that the format quantizes, in float32, against the FP8
-checkpoint's. Size is that of the tensors; of a real DeepSeek-V3 97 % are experts, of this model 63 %.
+Every format is made by its command from the shipped FP8 checkpoint and decoded by ours. The model then runs
+in float32 on the CPU, in transformers' own implementation, over the 64 held-out excerpts of 256 tokens
+(`miniature/heldout_tokens.safetensors`). KL is that of the released FP8 weights' next-token distribution
+to the format's, in float64, mean over tokens. SNR is over the weights that the format quantizes, in
+float32, against the FP8 checkpoint's. Size is that of the tensors; of a real DeepSeek-V3 97 % are routed
+experts, of this model 63 %.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import dsv3_tools
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
-from dsv3_tools.conversion.pieces import Piece, cut
 from dsv3_tools.conversion.checking import check_steps
+from dsv3_tools.conversion.pieces import Piece, cut
 from dsv3_tools.conversion.plan import Plan, ShardPlan, Step, TensorRef
 from dsv3_tools.conversion.recode import plan_bf16_to_fp8, plan_fp8_to_bf16
 from dsv3_tools.errors import PlanError

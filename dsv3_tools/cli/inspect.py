@@ -82,5 +82,12 @@ def _print(found: Inspection) -> None:
 def _quantization(found: Inspection) -> str:
     if found.quantization is None:
         return "none"
-    plain = {key: value for key, value in found.quantization.items() if not isinstance(value, dict)}
-    return ", ".join(f"{key} {value}" for key, value in plain.items() if value is not None)
+    shown = [f"{key} {_value(value)}" for key, value in found.quantization.items() if value is not None]
+    return ", ".join(text for text in shown if not text.endswith(" "))
+
+
+def _value(value: object) -> str:
+    """Returns a setting in a few words: lists of names as their length, tables not at all."""
+    if isinstance(value, list) and any(isinstance(entry, str) for entry in value):
+        return f"({len(value)} entries)"
+    return "" if isinstance(value, dict) else str(value)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from math import prod
 
+from dsv3_tools.conversion.plan import ShardPlan, Step
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError
 
@@ -55,10 +57,21 @@ def count_workers(requested: int | None, devices: Sequence[str], num_shards: int
     return max(1, min(requested, num_shards))
 
 
-def host_nbytes_per_worker(devices: Sequence[str]) -> int:
+def host_nbytes_per_worker(devices: Sequence[str], shards: Sequence[ShardPlan]) -> int:
     """Returns a bound on the buffers of one worker in host memory.
 
     On a GPU two batches of pinned input and output, on the CPU a few pieces; either is independent of
-    the sizes of shards and tensors, but for weights with more than 65,536 columns.
+    the sizes of shards and tensors, but for weights with more than 65,536 columns, and for layouts
+    that are only coded whole (GPTQ, AWQ): those of the largest such weight, and three bytes for each of its codes.
     """
-    return 224 << 20 if list(devices) != ["cpu"] else 32 << 20
+    buffers = 224 << 20 if list(devices) != ["cpu"] else 32 << 20
+    return buffers + max((_whole_nbytes(step) for shard in shards for step in shard.steps), default=0)
+
+
+def _whole_nbytes(step: Step) -> int:
+    """Returns the memory for a weight that is never divided; 0 for any other."""
+    formats = [fmt for fmt in (step.source, step.target) if fmt is not None]
+    if step.is_copy or all(fmt.row_alignment is not None for fmt in formats):
+        return 0
+    specs = (*step.input_specs(step.shape).values(), *step.output_specs(step.shape).values())
+    return sum(spec.nbytes for spec in specs) + 3 * prod(step.shape)

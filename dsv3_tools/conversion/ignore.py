@@ -104,7 +104,7 @@ def patterns(unquantized: Unquantized, prefix: str) -> list[str]:
         if set(layers) & set(unquantized.mtp_layers):
             place = rf"({place}|decoder)"
         tail = (
-            _AREAS["mlp.experts"] + r"\..*" if kind.startswith("mlp.experts.") else _alternatives(kind) + "$"
+            _AREAS["mlp.experts"] + ".*" if kind.startswith("mlp.experts.") else _alternatives(kind) + "$"
         )
         found.append(rf"{prefix}.*{place}\.{tail}")
     return list(dict.fromkeys(found))
@@ -119,8 +119,8 @@ def substrings(unquantized: Unquantized) -> list[str]:
             found += [kind, *_FUSED.get(kind, ())]
     for kind, layers in unquantized.layers.items():
         for layer in layers:
-            part = "mlp.experts." if kind.startswith("mlp.experts.") else kind
-            found += [f"layers.{layer}.{name}" for name in (part, *_FUSED.get(kind, ()))]
+            part = "mlp.experts" if kind.startswith("mlp.experts.") else kind
+            found += [f"model.layers.{layer}.{name}" for name in (part, *_FUSED.get(kind, ()))]
     return list(dict.fromkeys(found))
 
 

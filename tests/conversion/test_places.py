@@ -187,7 +187,7 @@ def test_second_run_names_the_first(case, tools, tmp_path):
     ) as first:
         try:
             deadline = time.monotonic() + 60
-            while not list(out.glob(".dsv3/*.tmp")) and time.monotonic() < deadline:
+            while not list(out.glob(".dsv3/*.safetensors.*.tmp")) and time.monotonic() < deadline:
                 assert first.poll() is None
                 time.sleep(0.05)
             before = tools.identity(out / ".dsv3" / "plan.json")

@@ -265,6 +265,49 @@ def test_scales_under_another_name() -> None:
             other.decode(wrong)
 
 
+# compressed-tensors, whose `float-quantized` is the same under another name.
+
+
+def scheme(fmt: FP8Block) -> Any:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    arguments = quantization.QuantizationArgs(
+        num_bits=8, type="float", strategy="block", block_structure=list(fmt.block_size)
+    )
+    return quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (300, 200)])
+@pytest.mark.parametrize("block_size", [(128, 128), (64, 32)])
+def test_compressed_tensors_decodes_blocks_alike(block_size: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Every code, partial blocks included."""
+    naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized")
+    fmt = FP8Block(block_size, scale_name="weight_scale")
+    parts = fmt.encode(make_weight(shape))
+    codes = parts["weight"].view(torch.uint8)
+    codes.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
+    decoded = naive.FloatQuantizationCompressor.decompress(parts, scheme(fmt))["weight"]
+    own = fmt.decode(parts, dtype="F32")
+    nan = torch.isnan(own)
+    assert nan.sum() == 2
+    assert torch.equal(nan, torch.isnan(decoded))
+    assert bits(own[~nan]) == bits(decoded[~nan])
+    codes[200, 100] ^= 1
+    assert bits(fmt.decode(parts, dtype="F32")[~nan]) != bits(decoded[~nan])
+
+
+def test_compressed_tensors_quantizes_blocks_alike_in_float32() -> None:
+    """Largest / 448, and the same codes; partial blocks included."""
+    naive = pytest.importorskip("compressed_tensors.compressors.naive_quantized")
+    fmt = FP8Block(scale_name="weight_scale")
+    for shape in [(256, 384), (300, 200)]:
+        weight = make_weight(shape, torch.float32)
+        parts = fmt.encode(weight)
+        made = naive.FloatQuantizationCompressor.compress(
+            {"weight": weight, "weight_scale": parts["weight_scale"]}, scheme(fmt)
+        )
+        assert bits(made["weight"]) == bits(parts["weight"])
+
+
 # Scales that are stored as reciprocals.
 
 
