@@ -3,7 +3,7 @@
     python benchmarks/convert.py                        2 CPU workers, page cache warm and cold
     python benchmarks/convert.py --peers reference-loop compressed-tensors --rounds 3 --warm-only
     python benchmarks/convert.py --quantize             FP8 to INT4 and INT8
-    python benchmarks/convert.py --quantize --peers llm-compressor --llmcompressor DIR --rounds 3
+    python benchmarks/convert.py --quantize --peers llm-compressor auto-round --peer-packages DIR --rounds 3
     python benchmarks/convert.py --device cuda --workers 3 --experts 88 --shards 3
     python benchmarks/convert.py --folder /dev/shm --scaling cuda:0 cuda:0,1
     python benchmarks/convert.py --folder /dev/shm --scaling cpu cpu --workers 1
@@ -37,7 +37,7 @@ from dsv3_tools.conversion.api import open_bf16_to_fp8, open_fp8_to_bf16
 from dsv3_tools.conversion.api_quantize import open_quantize_int4, open_quantize_int8
 
 BLOCK_NBYTES = 4 << 20
-PEERS = ("reference-loop", "compressed-tensors", "llm-compressor")
+PEERS = ("reference-loop", "compressed-tensors", "llm-compressor", "auto-round")
 
 QUANTIZE: dict[str, dict[str, Any]] = {
     "quantize int4 absmax": {"scale_search": "absmax"},
@@ -87,9 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS, help="other tools to run too (slow)")
     parser.add_argument("--scaling", nargs=2, metavar="DEVICES", help="compare two device lists instead")
     parser.add_argument("--quantize", action="store_true", help="measure quantization to integers")
-    parser.add_argument(
-        "--llmcompressor", help="where llm-compressor is, installed by pip --target --no-deps"
-    )
+    parser.add_argument("--peer-packages", help="where `pip install --target DIR --no-deps` has put peers")
     parser.add_argument("--ratio", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
@@ -173,8 +171,8 @@ def run_in_process(
     command = [sys.executable, __file__, "--one", name, "--source", str(source), "--out", str(out)]
     command += ["--device", device, "--workers", str(arguments.workers)]
     command += ["--ratio", str(arguments.ratio or 1.0)]
-    if arguments.llmcompressor:
-        command += ["--llmcompressor", arguments.llmcompressor]
+    if arguments.peer_packages:
+        command += ["--peer-packages", arguments.peer_packages]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out, ignore_errors=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -192,6 +190,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
         "reference-loop": reference_loop,
         "compressed-tensors": compressed_tensors,
         "llm-compressor": llm_compressor,
+        "auto-round": auto_round,
         **dict.fromkeys(QUANTIZE, ours),
         **{f"{name} on the cpu": ours for name in QUANTIZE},
     }[arguments.one]
@@ -310,7 +309,8 @@ def llm_compressor(source: Path, out: Path, arguments: argparse.Namespace):
     from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
     from cpu_kernels import shadow_llm_compressor
 
-    shadow_llm_compressor(Path(arguments.llmcompressor))
+    sys.path.append(arguments.peer_packages)
+    shadow_llm_compressor(Path(arguments.peer_packages))
     del sys.modules["llmcompressor.entrypoints.model_free"]  # this one's own `__init__` is wanted
     from llmcompressor.entrypoints.model_free import model_free_ptq
 
@@ -326,9 +326,31 @@ def llm_compressor(source: Path, out: Path, arguments: argparse.Namespace):
     )
 
 
+def auto_round(source: Path, out: Path, arguments: argparse.Namespace):
+    """Its path without a model; it starts processes of its own, which need its packages, too.
+
+    Of `datasets` it imports names that calibration needs and this path does not: a stub stands in for it.
+    """
+    import torch
+
+    stub = out.parent / "stubs" / "datasets"
+    stub.mkdir(parents=True, exist_ok=True)
+    (stub / "__init__.py").write_text(
+        "def __getattr__(name):\n    if name.startswith('__'):\n        raise AttributeError(name)\n"
+        "    return type(name, (), {})\n"
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([arguments.peer_packages, str(stub.parent)])
+    sys.path += [arguments.peer_packages, str(stub.parent)]
+    torch.set_num_threads(arguments.workers)
+    from auto_round import AutoRound
+
+    compressor = AutoRound(str(source), scheme="W4A16", model_free=True, device_map=arguments.device)
+    return lambda: compressor.quantize_and_save(output_dir=str(out), format="auto_round")
+
+
 def sync_all(out: Path) -> None:
     """Waits until the result is on disk; nothing is left to do for those that call fsync themselves."""
-    for path in out.iterdir():
+    for path in out.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)

@@ -49,7 +49,8 @@ def check_steps(
         if ref.name not in specs[ref.origin]:
             problems.append(f"{ref.name} is missing")
         elif not _add_up(found):
-            problems.append(f"{ref.name} would be used {len(found)} times")
+            times = f"{len(found)} times" if found[0] is None else f"by {len(found)} of {found[0].world} ranks"
+            problems.append(f"{ref.name} would be used {times}")
     problems += [
         f"{name} is used by no step"
         for name in specs[SOURCE]

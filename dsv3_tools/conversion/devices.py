@@ -61,8 +61,8 @@ def host_nbytes_per_worker(devices: Sequence[str], shards: Sequence[ShardPlan]) 
     """Returns a bound on the buffers of one worker in host memory.
 
     On a GPU two batches of pinned input and output, on the CPU a few pieces; either is independent of
-    the sizes of shards and tensors, but for weights with more than 65,536 columns, and for layouts
-    that are only coded whole (GPTQ, AWQ): those of the largest such weight, and three bytes for each of its codes.
+    the sizes of shards and tensors, but for weights with more than 65,536 columns, and for layouts that
+    are only coded whole (GPTQ, AWQ): the largest such weight's bytes, and three for each of its codes.
     """
     buffers = 224 << 20 if list(devices) != ["cpu"] else 32 << 20
     return buffers + max((_whole_nbytes(step) for shard in shards for step in shard.steps), default=0)

@@ -103,9 +103,7 @@ def patterns(unquantized: Unquantized, prefix: str) -> list[str]:
         place = rf"layers\.({numbered})"
         if set(layers) & set(unquantized.mtp_layers):
             place = rf"({place}|decoder)"
-        tail = (
-            _AREAS["mlp.experts"] + ".*" if kind.startswith("mlp.experts.") else _alternatives(kind) + "$"
-        )
+        tail = _AREAS["mlp.experts"] + ".*" if kind.startswith("mlp.experts.") else _alternatives(kind) + "$"
         found.append(rf"{prefix}.*{place}\.{tail}")
     return list(dict.fromkeys(found))
 

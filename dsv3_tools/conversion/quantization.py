@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dsv3_tools.checkpoint.config import with_quantization
@@ -19,7 +19,17 @@ from dsv3_tools.conversion.planning import (
 )
 from dsv3_tools.conversion.recipes import FP8_REST, MODULES, Selection, select
 from dsv3_tools.errors import UsageError
-from dsv3_tools.formats import INT4AWQ, INT4GPTQ, Dense, Format, FP8Block, INT4Packed, INT8Block, INT8Channel
+from dsv3_tools.formats import (
+    INT4,
+    INT4AWQ,
+    INT4GPTQ,
+    Dense,
+    Format,
+    FP8Block,
+    INT4Packed,
+    INT8Block,
+    INT8Channel,
+)
 from dsv3_tools.formats import compressed_tensors as ct
 from dsv3_tools.formats.int4 import GROUP_SIZES
 from dsv3_tools.formats.stored import Stored, StoredWeight
@@ -209,10 +219,18 @@ def _dropped(stored: Stored, mtp_layers: Sequence[int]) -> dict[str, str]:
 
 def _target(weight: StoredWeight, selection: Selection, target: Format, rest: FP8Block | None) -> Format:
     if weight in selection:
-        return target
+        return _fitting(target, weight.format)
     if rest is not None and _is_rest(weight, selection):
         return rest
     return weight.format if isinstance(weight.format, Dense) else Dense("BF16")
+
+
+def _fitting(target: Format, own: Format) -> Format:
+    """Returns the target with the scale dtype of a weight whose codes can then be moved as they are."""
+    if isinstance(own, INT4) and isinstance(target, INT4):
+        same_scales = replace(target, scale_dtype=own.scale_dtype)
+        return same_scales if own.same_grid(same_scales) else target
+    return target
 
 
 def _is_rest(weight: StoredWeight, selection: Selection) -> bool:

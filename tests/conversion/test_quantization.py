@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dsv3_tools
 from dsv3_tools.checkpoint.names import parse_name
@@ -237,3 +237,18 @@ def test_deepseek_v3(tmp_path: Path, open_it: Any, options: dict[str, Any], nbyt
     else:
         assert plan.payload_nbytes == pytest.approx(690.1e9, rel=1e-3)
     assert {"vllm", "sglang", "vllm-ascend"} <= loading(plan)
+
+
+def test_codes_with_float16_scales_are_moved_too(miniature: Path, tmp_path: Path) -> None:
+    """Other tools' GPTQ has F16 scales: they stay, so that no weight changes."""
+    dsv3_tools.quantize_int4(miniature, tmp_path / "a", layout="gptq", device="cpu")
+    for path in (tmp_path / "a").glob("*.safetensors"):
+        tensors = load_file(path)
+        halved = {n: t.to(torch.float16) if n.endswith(".scales") else t for n, t in tensors.items()}
+        save_file(halved, path, metadata={"format": "pt"})
+    dsv3_tools.quantize_int4(tmp_path / "a", tmp_path / "b", device="cpu")
+    dsv3_tools.convert_int4_to_bf16(tmp_path / "a", tmp_path / "a-bf16", device="cpu")
+    dsv3_tools.convert_int4_to_bf16(tmp_path / "b", tmp_path / "b-bf16", device="cpu")
+    for path in sorted((tmp_path / "a-bf16").glob("*.safetensors")):
+        found, expected = load_file(tmp_path / "b-bf16" / path.name), load_file(path)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
