@@ -49,8 +49,7 @@ def check_steps(
         if ref.name not in specs[ref.origin]:
             problems.append(f"{ref.name} is missing")
         elif not _add_up(found):
-            times = f"{len(found)} times" if found[0] is None else f"by {len(found)} of {found[0].world} ranks"
-            problems.append(f"{ref.name} would be used {times}")
+            problems.append(f"{ref.name} would be used {len(found)} times")
     problems += [
         f"{name} is used by no step"
         for name in specs[SOURCE]

@@ -123,15 +123,18 @@ def substrings(unquantized: Unquantized) -> list[str]:
 
 
 def names(weights: Sequence[StoredWeight], quantized: Iterable[str]) -> list[str]:
-    """Returns the full names of all linears that released checkpoints quantize and this one does not."""
+    """Returns the full names of all linears that released checkpoints quantize and this one does not.
+
+    What engines fuse is there under the fused names, too.
+    """
     chosen = frozenset(quantized)
-    return sorted(
-        weight.name.prefix
-        for weight in weights
-        if weight.name.module in FP8_LINEARS
-        and weight.name.parameter == "weight"
-        and weight.name.prefix not in chosen
-    )
+    found = []
+    for weight in weights:
+        name = weight.name
+        if name.module in FP8_LINEARS and name.parameter == "weight" and name.prefix not in chosen:
+            layer = name.prefix.removesuffix(name.module)
+            found += [name.prefix, *(layer + fused for fused in _FUSED.get(name.module, ()))]
+    return sorted(found)
 
 
 def _area(kind: str, areas: Iterable[str]) -> bool:

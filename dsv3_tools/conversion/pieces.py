@@ -16,9 +16,10 @@ from dsv3_tools.checkpoint.header import Header
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.plan import ShardPlan, Share, Step, TensorRef
+from dsv3_tools.errors import CheckpointError
 from dsv3_tools.formats import Format
 
-__all__ = ["Piece", "Read", "Write", "cut", "read_into"]
+__all__ = ["Piece", "Read", "Write", "check_content", "cut", "read_into"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Write:
 class Piece:
     """A stripe of one step: what to read and write of each part, and its first element's index.
 
-    `content` is what is written where nothing is read.
+    `content` is what is written where nothing is read, and what must be found where nothing is written.
     """
 
     step: Step
@@ -73,7 +74,7 @@ class Piece:
 
 
 def cut(shard: ShardPlan, header: Header, max_nbytes: int) -> Iterator[Piece]:
-    """Yields the pieces of a shard, each writing about `max_nbytes` or less, nearly in file order.
+    """Yields the pieces of a shard, each with about `max_nbytes` to read or write, nearly in file order.
 
     What is known beforehand comes first. A stripe has at least the rows that its formats keep together, so
     a very wide weight may exceed `max_nbytes`: 128 rows of 18,432 columns in BF16 are 4.7 MB.
@@ -82,6 +83,7 @@ def cut(shard: ShardPlan, header: Header, max_nbytes: int) -> Iterator[Piece]:
         yield from _fixed_pieces(step, header)
     for step in shard.steps:
         if not step.is_copy:
+            yield from _expected_pieces(step)
             yield from _stripes(step, header, max_nbytes)
         elif step.share is None or step.share.axis is None:
             yield from _copy_pieces(step, header, max_nbytes)
@@ -108,11 +110,33 @@ def read_into(checkpoints: Mapping[str, Checkpoint], read: Read, buffer: memoryv
         buffer[row * width : (row + 1) * width] = whole[begin : begin + width]
 
 
+def check_content(piece: Piece, found: memoryview) -> None:
+    """Refuses a part that does not hold what the shape of its weight demands.
+
+    Raises:
+        CheckpointError: with its name.
+    """
+    if piece.content is not None and found != piece.content:
+        (read,) = piece.reads.values()
+        fmt = piece.step.source
+        raise CheckpointError(
+            f"{read.ref.name}: does not hold what belongs to {fmt.name if fmt else ''} weights of shape "
+            f"{list(piece.step.shape)} (by config.json and by the codes' shape)"
+        )
+
+
 def _fixed_pieces(step: Step, header: Header) -> Iterator[Piece]:
     specs = step.output_specs(step.shape)
     for part, content in step.fixed_outputs.items():
         place = Write(header.offsets[step.outputs[part]], specs[part])
         yield Piece(step, {}, {part: place}, 0, content)
+
+
+def _expected_pieces(step: Step) -> Iterator[Piece]:
+    """Yields what is read only to be compared: parts that nobody decodes but that must be right."""
+    specs = step.input_specs(step.shape)
+    for part, content in step.fixed_inputs.items():
+        yield Piece(step, {part: Read(step.inputs[part], 0, specs[part])}, {}, 0, content)
 
 
 def _copy_pieces(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]:
@@ -157,7 +181,9 @@ def _stripes(step: Step, header: Header, max_nbytes: int) -> Iterator[Piece]:
     known_in, known_out = step.fixed_inputs, step.fixed_outputs
     inputs = {part: ref for part, ref in step.inputs.items() if part not in known_in}
     outputs = {part: name for part, name in step.outputs.items() if part not in known_out}
-    unit_nbytes = max(1, sum(unit_out[part].nbytes for part in outputs))
+    unit_nbytes = max(
+        1, sum(unit_out[part].nbytes for part in outputs), sum(unit_in[part].nbytes for part in inputs)
+    )
     height = max(1, max_nbytes // unit_nbytes) * together
     specs_in, specs_out = step.input_specs((height, *rest)), step.output_specs((height, *rest))
     for first in range(0, rows, height):

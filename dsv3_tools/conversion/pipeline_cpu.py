@@ -10,7 +10,7 @@ from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
 from dsv3_tools.conversion.findings import Findings
-from dsv3_tools.conversion.pieces import Piece, cut, read_into
+from dsv3_tools.conversion.pieces import Piece, check_content, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan, Share
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
@@ -58,7 +58,7 @@ class CpuPipeline:
             self._meter.add(piece.nbytes_in)
 
     def _process(self, piece: Piece, writer: ShardWriter, findings: Findings) -> None:
-        if piece.content is not None:
+        if piece.content is not None and piece.writes:
             (write,) = piece.writes.values()
             writer.write(write.offset, memoryview(piece.content))
             return
@@ -66,6 +66,9 @@ class CpuPipeline:
         for part, read in piece.reads.items():
             items[part] = self._buffer(f"in {part}", read.spec)
             read_into(self._checkpoints, read, as_bytes(items[part]))
+        if piece.content is not None:
+            check_content(piece, as_bytes(next(iter(items.values()))))
+            return
         outs, nonfinite = self._recode(piece, items)
         findings.note(piece, nonfinite, items, outs)
         for part, write in piece.writes.items():

@@ -18,7 +18,7 @@ from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
 from dsv3_tools.conversion.findings import Findings
-from dsv3_tools.conversion.pieces import Piece, Read, Write, cut, read_into
+from dsv3_tools.conversion.pieces import Piece, Read, Write, check_content, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
@@ -97,6 +97,9 @@ class CudaPipeline:
         slot = next(slots)
         for piece in cut(shard, header, self._batch_nbytes // 8):
             self._stop.check()
+            if piece.content is not None and not piece.writes:
+                self._compare(piece)
+                continue
             if not slot.fits(piece):
                 slot.dispatch(self._writing, writer, findings)
                 slot = next(slots)
@@ -106,6 +109,13 @@ class CudaPipeline:
         slot.dispatch(self._writing, writer, findings)
         for slot in self._slots:
             slot.wait()
+
+    def _compare(self, piece: Piece) -> None:
+        (read,) = piece.reads.values()
+        found = memoryview(bytearray(read.spec.nbytes))
+        read_into(self._checkpoints, read, found)
+        check_content(piece, found)
+        self._meter.add(piece.nbytes_in)
 
 
 class _Loaded(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dsv3_tools.conversion.checking import check_steps
 from dsv3_tools.conversion.layout import lay_out
 from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef
 from dsv3_tools.errors import CheckpointError
-from dsv3_tools.formats import Dense, Format
+from dsv3_tools.formats import INT4AWQ, Dense, Format
 from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
 
 __all__ = [
@@ -42,7 +43,25 @@ def read_stored(checkpoint: Checkpoint) -> Stored:
         FormatError: a quantization that is not known here.
     """
     where = str(checkpoint.directory / CONFIG_NAME)
-    return find_weights(checkpoint.specs, read_formats(checkpoint.config_json, where))
+    formats = read_formats(checkpoint.config_json, where)
+    stored = find_weights(checkpoint.specs, formats)
+    awq = next(((w, w.format) for w in stored.weights if isinstance(w.format, INT4AWQ)), None)
+    if awq is None or not _has_no_zero_points(checkpoint, *awq):
+        return stored
+    symmetric = [replace(fmt, symmetric=True) for fmt in formats if isinstance(fmt, INT4AWQ)]
+    return find_weights(checkpoint.specs, symmetric)
+
+
+def _has_no_zero_points(checkpoint: Checkpoint, weight: StoredWeight, fmt: INT4AWQ) -> bool:
+    """Whether an AWQ weight is symmetric, which no config says: the one look at data that a plan takes.
+
+    That all others are alike is checked when they are read.
+    """
+    known = replace(fmt, symmetric=True).fixed(weight.shape)
+    return all(
+        weight.parts[part] in checkpoint.specs and checkpoint.read_bytes(weight.parts[part]) == content
+        for part, content in known.items()
+    )
 
 
 def recode_step(weight: StoredWeight, target: Format) -> Step:

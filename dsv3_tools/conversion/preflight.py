@@ -16,9 +16,10 @@ from dsv3_tools.conversion.plan import ShardPlan, Step, TensorRef
 from dsv3_tools.conversion.planning import LIKE
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import CheckpointError, DestinationError, UsageError, join_problems
-from dsv3_tools.formats import FP8Block
+from dsv3_tools.formats import INT4, FP8Block
 from dsv3_tools.formats.fp8_block import LIKE_PART
 from dsv3_tools.formats.int4_transposed import INT4GPTQ, order_problem
+from dsv3_tools.formats.integer import IntegerFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +29,9 @@ __all__ = ["check_places", "check_room", "check_scales", "free_nbytes"]
 LARGEST_PLAUSIBLE_MEDIAN_SCALE = 1.0
 """Largest median of a weight's scales that is believed. Released scales are about 1e-4; stored as
 reciprocals they would be thousands. A weight with a median of 1 would hold values of hundreds."""
+
+MAX_INTEGER_SAMPLE = 512
+"""Integer weights whose scales are read beforehand: up to a second for DeepSeek-V3's shapes."""
 
 
 def check_places(checkpoints: Mapping[str, Checkpoint], destination: Path) -> None:
@@ -90,11 +94,17 @@ def check_scales(
     magnitude: reciprocals under the same name would give weights that are wrong by a factor of millions. A
     part whose content follows from the weight's shape must have that content.
 
+    Of integer weights, whose scales are gigabytes, a sample is looked at: enough to find what is wrong
+    with all of them. The rest is noticed when it is read.
+
     Raises:
         CheckpointError: every tensor that is refused, in one message.
         Interrupted: somebody has asked `stop`.
     """
-    steps = [step for shard in shards for step in shard.steps if not step.is_copy]
+    coded = [step for shard in shards for step in shard.steps if not step.is_copy]
+    integers = [step for step in coded if isinstance(step.source, IntegerFormat)]
+    steps = [step for step in coded if not isinstance(step.source, IntegerFormat)]
+    steps += integers[:: -(-len(integers) // MAX_INTEGER_SAMPLE) or 1]
     # By tensor: several ranks may have a part of it.
     copied = {step.weight: step for shard in shards for step in shard.steps if step.copies_scales}
     keep = nonfinite == "keep"
@@ -140,15 +150,18 @@ def _scale_problem(
     checkpoint = checkpoints[ref.origin]
     spec = checkpoint.specs[ref.name]
     scale = _as_float32(checkpoint.read_bytes(ref.name), spec.dtype)
-    bad = ~(np.isfinite(scale) & (scale > 0))
+    # Some tools write INT4 with signed scales, for the one code more on the negative side.
+    signed = isinstance(step.source, INT4)
+    bad = ~(np.isfinite(scale) & ((scale != 0) if signed else (scale > 0)))
     if bad.any() and not keep:
         first = int(np.argmax(bad))
         index = np.unravel_index(first, spec.shape)
         return (
             f"{ref.name}: the scale at [{', '.join(str(int(i)) for i in index)}] is {scale[first]}, expected "
-            "a finite, positive number"
+            f"a finite number {'other than 0' if signed else 'above 0'} (a damaged checkpoint?); "
+            "--nonfinite keep goes on"
         )
-    good = scale[~bad]
+    good = np.abs(scale[~bad])
     inverse = isinstance(step.source, FP8Block) and step.source.inverse_scales
     with np.errstate(over="ignore"):
         median = float(np.median(1 / good if inverse else good)) if good.size else 0.0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import FormatError
-from dsv3_tools.formats.int8 import FloatSource, IntegerFormat, check_matrix, with_scale_dtype
+from dsv3_tools.formats.integer import FloatSource, IntegerFormat, check_matrix, found_scale_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,8 +69,8 @@ class INT4(IntegerFormat):
 
     def fitted(self, specs: Mapping[str, TensorSpec]) -> INT4:
         """Returns the format with the scale dtype found, if it is one that is read."""
-        fitted: INT4 = with_scale_dtype(self, specs)
-        return fitted
+        assert self.scale_part is not None
+        return replace(self, scale_dtype=found_scale_dtype(self.scale_part, specs, self.scale_dtype))
 
     def groups(self, shape: tuple[int, ...], *, row_multiple: int = 1) -> int:
         """Returns the number of groups in a row.
@@ -90,9 +90,9 @@ class INT4(IntegerFormat):
         return columns // size
 
     def same_grid(self, other: INT4) -> bool:
-        """Whether codes may be moved to the other layout as they are."""
-        mine = (self.group_size, self.symmetric, self.scale_dtype)
-        return mine == (other.group_size, other.symmetric, other.scale_dtype)
+        """Whether codes may be moved to the other layout as they are: without zero points, they are all 8."""
+        same = (self.group_size, self.scale_dtype) == (other.group_size, other.scale_dtype)
+        return same and (self.symmetric or not other.symmetric)
 
     @abstractmethod
     def load(self, item: Parts) -> Codes:

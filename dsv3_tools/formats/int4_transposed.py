@@ -15,7 +15,7 @@ import numpy as np
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import FormatError
 from dsv3_tools.formats.int4 import INT4, Codes
-from dsv3_tools.formats.int8 import check_matrix
+from dsv3_tools.formats.integer import check_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,50 +6,21 @@ compressed-tensors' `int-quantized` with strategy "channel" for rows.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import FormatError
-from dsv3_tools.formats.base import Format
 from dsv3_tools.formats.fp8_block import SCALE_PART, block_grid, read_block_size
+from dsv3_tools.formats.integer import FloatSource, IntegerFormat, check_matrix, found_scale_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Parts = Mapping[str, Tensor]
 
-__all__ = ["FloatSource", "INT8Block", "INT8Channel", "IntegerFormat", "check_matrix", "with_scale_dtype"]
-
-
-@dataclass(frozen=True)
-class FloatSource:
-    """What integer formats are encoded from: weights, or FP8 codes with their scales.
-
-    FP8 codes are decoded to float32 inside the kernel that quantizes them.
-    """
-
-    weights: Sequence[Tensor]
-    fp8_scales: Sequence[Tensor] | None = None
-    fp8_block_size: tuple[int, int] = (128, 128)
-
-    def keywords(self) -> dict[str, Any]:
-        """Returns the keywords that the kernels take."""
-        return {"fp8_scales": self.fp8_scales, "fp8_block_size": self.fp8_block_size}
-
-
-class IntegerFormat(Format):
-    """A format of integer codes: it encodes straight from FP8, too."""
-
-    def encode_into(self, weights: Sequence[Tensor], outs: Sequence[Parts]) -> Tensor:
-        """Quantizes weights."""
-        return self.encode_from(FloatSource(weights), outs)
-
-    @abstractmethod
-    def encode_from(self, source: FloatSource, outs: Sequence[Parts]) -> Tensor:
-        """Quantizes `source` into the parts `outs`; returns int32 counts of non-finite elements read."""
+__all__ = ["INT8Block", "INT8Channel"]
 
 
 @dataclass(frozen=True)
@@ -152,8 +123,7 @@ class INT8Channel(IntegerFormat):
 
     def fitted(self, specs: Mapping[str, TensorSpec]) -> INT8Channel:
         """Returns the format with the scale dtype found, if it is one that is read."""
-        fitted: INT8Channel = with_scale_dtype(self, specs)
-        return fitted
+        return replace(self, scale_dtype=found_scale_dtype("weight_scale", specs, self.scale_dtype))
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Returns codes `[rows, columns]` and scales `[rows, 1]`."""
@@ -184,25 +154,3 @@ class INT8Channel(IntegerFormat):
             raise FormatError(f"int8_channel: {self.scale_dtype} scales are only read, never written")
         codes, scales = [out["weight"] for out in outs], [out["weight_scale"] for out in outs]
         return kernels.quantize_int8_channel_into(source.weights, codes, scales, **source.keywords())
-
-
-def check_matrix(name: str, shape: tuple[int, ...]) -> None:
-    """Refuses what is no matrix.
-
-    Raises:
-        FormatError: with the shape.
-    """
-    if len(shape) != 2 or 0 in shape:
-        raise FormatError(
-            f"{name}: got a weight of shape {list(shape)}, expected two dimensions, none of them 0"
-        )
-
-
-SCALE_DTYPES = frozenset({"F32", "BF16", "F16"})
-"""Element types of the scales in compressed-tensors, GPTQ and AWQ checkpoints."""
-
-
-def with_scale_dtype(fmt: Any, specs: Mapping[str, TensorSpec]) -> Any:
-    """Returns `fmt` with the `scale_dtype` that the checkpoint has, if it is one of `SCALE_DTYPES`."""
-    found = specs.get(fmt.scale_part)
-    return replace(fmt, scale_dtype=found.dtype) if found and found.dtype in SCALE_DTYPES else fmt

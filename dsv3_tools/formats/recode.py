@@ -9,7 +9,7 @@ from dsv3_tools.formats.base import Format
 from dsv3_tools.formats.dense import Dense
 from dsv3_tools.formats.fp8_block import LIKE_PART, FP8Block
 from dsv3_tools.formats.int4 import INT4
-from dsv3_tools.formats.int8 import FloatSource, IntegerFormat
+from dsv3_tools.formats.integer import FloatSource, IntegerFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,8 @@ def _move_codes(source: INT4, target: INT4, items: Sequence[Parts], outs: Sequen
     counts = []
     for item, out in zip(items, outs, strict=True):
         codes = source.load(item)
+        if codes.zeros is None and not target.symmetric:
+            codes = codes._replace(zeros=torch.full_like(codes.scales, 8, dtype=torch.uint8))
         target.store(codes, out)
         per_scale = 8 * codes.packed.shape[1] // codes.scales.shape[1]
         counts.append((~torch.isfinite(codes.scales)).sum(dtype=torch.int32) * per_scale)

@@ -19,9 +19,9 @@ from torch import Tensor
 from dsv3_tools.checkpoint.dtypes import DTYPES, torch_dtype
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.checking import check_steps
-from dsv3_tools.conversion.pieces import Piece, Read, cut, read_into
+from dsv3_tools.conversion.pieces import Piece, Read, check_content, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan, Share, Step, TensorRef
-from dsv3_tools.errors import PlanError
+from dsv3_tools.errors import CheckpointError, PlanError
 from dsv3_tools.formats import (
     INT4,
     INT4AWQ,
@@ -162,8 +162,14 @@ def run(pieces: Sequence[Piece], tensors: Mapping[TensorRef, bytes], file: bytea
     """Reads, recodes and writes as a pipeline does."""
     checkpoints: Any = {"source": Memory(tensors)}
     for piece in pieces:
+        if piece.content is not None and piece.reads:
+            assert not piece.writes
+            (read,) = piece.reads.values()
+            buffer = bytearray(read.spec.nbytes)
+            read_into(checkpoints, read, memoryview(buffer))
+            check_content(piece, memoryview(buffer))
+            continue
         if piece.content is not None:
-            assert not piece.reads
             (write,) = piece.writes.values()
             assert len(piece.content) == write.spec.nbytes
             file[write.offset : write.offset + write.spec.nbytes] = piece.content
@@ -239,10 +245,10 @@ def check_pieces(jobs: Sequence[Job], shard: ShardPlan, pieces: Sequence[Piece],
         fixed = {job.step.inputs[part] for part in job.step.fixed_inputs}
         for ref in job.inputs:
             if job.step.share is None:
-                assert (reads[ref] == (ref not in fixed)).all(), ref
+                assert (reads[ref] == 1).all(), (ref, ref in fixed)
     for piece in pieces:
         check_piece(piece, max_nbytes)
-    known = [piece.content is None for piece in pieces]
+    known = [piece.content is None or not piece.writes for piece in pieces]
     assert known == sorted(known), "what is known beforehand comes first"
     file = bytearray(b"\xa5" * header.file_nbytes)
     run(pieces, tensors, file)
@@ -306,10 +312,11 @@ def test_every_source_to_every_target_in_small_pieces(target: Format) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "count"),
     [
-        (Dense(), INT4Packed(32), 16),  # 136 rows of 96 + 12 bytes, 9 in 1,000 bytes
+        (Dense(), INT4Packed(32), 68),  # 136 rows of 384 bytes, 2 in 1,000 bytes
         (Dense(), INT4Packed(32, symmetric=False), 17),  # 8 rows and 24 bytes of their zero points
-        (INT4Packed(32), INT4Packed(32, scale_dtype="BF16", shape_dtype="I32"), 16),
-        (Dense(), INT8Channel(), 28),  # 5 rows of 196 bytes
+        (INT4Packed(32), INT4Packed(32, scale_dtype="BF16", shape_dtype="I32"), 16),  # rows of 96 + 12 bytes
+        (Dense(), INT8Channel(), 68),
+        (INT8Channel(), Dense(), 68),
         (FP8Block(), INT4Packed(32), 2),
         (Dense(), INT4GPTQ(32), 1),
         (INT4AWQ(32), Dense(), 1),
@@ -320,10 +327,12 @@ def test_every_source_to_every_target_in_small_pieces(target: Format) -> None:
 def test_how_finely_formats_are_divided(source: Format, target: Format, count: int) -> None:
     pieces = check([recode_job(source, target, (136, 192), "w")], 1000)
     assert len([piece for piece in pieces if piece.content is None]) == count
-    assert len([piece for piece in pieces if piece.content is not None]) == len(target.fixed((136, 192)))
+    known = [piece for piece in pieces if piece.content is not None]
+    assert len([piece for piece in known if piece.writes]) == len(target.fixed((136, 192)))
+    assert len([piece for piece in known if piece.reads]) == len(source.fixed((136, 192)))
 
 
-def test_what_follows_from_the_shape_is_written_but_not_read() -> None:
+def test_what_follows_from_the_shape_is_written_and_compared() -> None:
     for source, target, unread, known in (
         (INT4Packed(32), INT4GPTQ(32), {"weight_shape"}, {"qzeros", "g_idx"}),
         (INT4GPTQ(32), INT4Packed(32), {"qzeros", "g_idx"}, {"weight_shape"}),
@@ -335,6 +344,7 @@ def test_what_follows_from_the_shape_is_written_but_not_read() -> None:
         pieces = check([job], 1 << 20)
         assert set(job.step.fixed_inputs) == unread
         assert {part for piece in pieces if piece.content is not None for part in piece.writes} == known
+        assert {part for piece in pieces if piece.content is not None for part in piece.reads} == unread
 
 
 @pytest.mark.parametrize(
@@ -371,11 +381,11 @@ def test_negative_control_wrong_pieces_are_noticed() -> None:
     others = {id(first): second.writes, id(second): first.writes}
     swapped = [replace(piece, writes=others.get(id(piece), piece.writes)) for piece in pieces]
     altered = [
-        replace(piece, content=bytes(len(piece.content))) if piece.content is not None else piece
+        piece if piece.content is None else replace(piece, content=bytes(len(piece.content)))
         for piece in pieces
     ]
     for wrong in (pieces[1:], pieces[:-1], [*pieces, pieces[0]], pieces[::-1], swapped, altered):
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, CheckpointError)):
             check_pieces(jobs, shard, wrong, 1000)
 
 

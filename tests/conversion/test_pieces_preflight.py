@@ -80,9 +80,12 @@ def test_scales_are_finite_and_positive(name: str, value: float) -> None:
     scale = parts[fmt.scale_part]
     scale[-1, -1] = value
     found = complaint(fmt, parts)
+    if value == -0.001 and isinstance(fmt, INT4):  # AutoRound writes signed scales
+        assert found == ""
+        return
     index = f"[{scale.shape[0] - 1}, {scale.shape[1] - 1}]"
     assert found.startswith(f"here: w.{fmt.scale_part}: the scale at {index} is ")
-    assert found.endswith(", expected a finite, positive number")
+    assert ", expected a finite number " in found
     assert complaint(fmt, parts, nonfinite="keep") == ""
 
 

@@ -140,19 +140,39 @@ def test_dropping_the_mtp_module_changes_weights_and_config_together(miniature: 
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("compressed-tensors", "gptq"), ("awq", "gptq"), ("gptq", "awq")]
+    ("first", "second", "symmetric"),
+    [
+        ("compressed-tensors", "gptq", True),
+        ("gptq", "awq", True),
+        ("gptq", "compressed-tensors", True),
+        ("awq", "gptq", True),
+        ("awq", "compressed-tensors", True),
+        ("compressed-tensors", "awq", False),
+        ("awq", "compressed-tensors", False),
+    ],
 )
-def test_codes_are_moved_between_layouts(miniature: Path, tmp_path: Path, first: str, second: str) -> None:
-    """INT4 to INT4 of the same groups is exact: what is decoded is the same, and the way back as well."""
-    options: dict[str, Any] = {"group_size": 32, "device": "cpu"}
+def test_codes_are_moved_between_layouts(
+    miniature: Path, tmp_path: Path, first: str, second: str, symmetric: bool
+) -> None:
+    """INT4 to INT4 of the same groups gives the bytes that the other layout's own quantization gives."""
+    options: dict[str, Any] = {"group_size": 32, "symmetric": symmetric, "device": "cpu"}
     dsv3_tools.quantize_int4(miniature, tmp_path / "a", layout=first, **options)
-    if first == "awq":  # its zero points may be anything; nothing says that they are all 8
-        dsv3_tools.convert_int4_to_bf16(tmp_path / "a", tmp_path / "bf16", device="cpu")
-        return
     dsv3_tools.quantize_int4(tmp_path / "a", tmp_path / "b", layout=second, **options)
     dsv3_tools.quantize_int4(miniature, tmp_path / "direct", layout=second, **options)
     for path in sorted((tmp_path / "direct").glob("*.safetensors")):
         assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "awq"])
+def test_codes_without_zero_points_are_moved_to_layouts_with(
+    miniature: Path, tmp_path: Path, layout: str
+) -> None:
+    dsv3_tools.quantize_int4(miniature, tmp_path / "a", device="cpu")
+    dsv3_tools.quantize_int4(tmp_path / "a", tmp_path / "b", symmetric=False, layout=layout, device="cpu")
+    for name in ("a", "b"):
+        dsv3_tools.convert_int4_to_bf16(tmp_path / name, tmp_path / f"{name}-bf16", device="cpu")
+    for path in sorted((tmp_path / "a-bf16").glob("*.safetensors")):
+        assert (tmp_path / "b-bf16" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_what_is_quantized_already_is_copied(miniature: Path, tmp_path: Path) -> None:

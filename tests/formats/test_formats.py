@@ -13,7 +13,7 @@ from dsv3_tools.checkpoint.presets import PRESETS
 from dsv3_tools.errors import FormatError
 from dsv3_tools.formats import FORMATS, INT4, INT4AWQ, INT4GPTQ, Dense, FP8Block, check_parts
 from dsv3_tools.formats.base import Format
-from dsv3_tools.formats.int8 import IntegerFormat
+from dsv3_tools.formats.integer import IntegerFormat
 from dsv3_tools.formats.recode import recode_into
 from tests.formats.weights import (
     all_bits,
