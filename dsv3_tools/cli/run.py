@@ -56,7 +56,8 @@ def execute(
     if not ranks.is_first:
         return
     if as_json:
-        print_json(jsonable(result) | {"manifest": str(result.manifest)})
+        engines = {name: verdict.loads for name, verdict in engine_verdicts(plan).items()}
+        print_json(jsonable(result) | {"manifest": str(result.manifest), "engines": engines})
     else:
         _print_result(result)
 
@@ -140,7 +141,8 @@ def _print_engines(plan: Plan) -> None:
     loading = [name for name, verdict in found.items() if verdict.loads]
     others = [name for name in found if name not in loading]
     print_line(f"  engines that load it: {', '.join(loading) or 'none'}; not: {', '.join(others) or 'none'}")
-    for name in loading:
+    # Where nobody loads it, what those say for whom most results are made.
+    for name in loading or ("vllm", "sglang", "transformers"):
         for problem in found[name].problems:
             print_line(f"    {name}: {problem.message}")
 

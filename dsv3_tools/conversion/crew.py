@@ -8,6 +8,7 @@ from functools import partial
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.writer import ShardWriter
+from dsv3_tools.conversion.devices import largest_whole_nbytes
 from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
@@ -34,6 +35,7 @@ class Crew:
         workers: int,
     ) -> None:
         self._label = plan.digest[:16]
+        self._largest_whole = largest_whole_nbytes(plan.shards)
         self._checkpoints = checkpoints
         self._workspace = workspace
         self._options = options
@@ -116,8 +118,10 @@ class Crew:
         if device != "cpu":
             from dsv3_tools.conversion.pipeline_cuda import BATCH_NBYTES, CudaPipeline
 
+            needed = self._largest_whole * 9 // 8  # and room for alignment
             for nbytes in BATCH_NBYTES:
-                yield CudaPipeline(self._checkpoints, self._stop, meter, device=device, batch_nbytes=nbytes)
+                batch = max(nbytes, needed)
+                yield CudaPipeline(self._checkpoints, self._stop, meter, device=device, batch_nbytes=batch)
         yield CpuPipeline(self._checkpoints, self._stop, meter, workers=self._num_workers)
 
     def _write(self, shard: ShardPlan, pipeline: Pipeline) -> None:

@@ -21,7 +21,7 @@ from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.deepseek_infer_config import model_args, unlike_demo, without_counterpart
 from dsv3_tools.conversion.plan import SOURCE, Plan, ShardPlan, Share, Step, TensorRef
 from dsv3_tools.conversion.planning import check_plan, source_files
-from dsv3_tools.errors import CheckpointError, FormatError, PlanError, UsageError
+from dsv3_tools.errors import CheckpointError, FormatError, UsageError, join_problems
 from dsv3_tools.formats import FP8Block
 from dsv3_tools.formats.fp8_block import SCALE_PART
 from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
@@ -76,10 +76,10 @@ def plan_to_deepseek_infer(checkpoint: Checkpoint, *, model_parallel: int, parti
         partial: the checkpoint is only a part of the model that `config.json` describes.
 
     Raises:
-        UsageError: `model_parallel` is not positive.
+        UsageError: `model_parallel` does not divide what has to be cut, all of it.
         CheckpointError: a model that the demo cannot run.
         FormatError: weights in a format that the demo cannot read.
-        PlanError: tensors that do not add up or cannot be cut, all of them.
+        PlanError: tensors that do not add up, all of them.
     """
     if model_parallel < 1:
         raise UsageError(f"model_parallel: got {model_parallel}, expected 1 or more ranks")
@@ -91,7 +91,7 @@ def plan_to_deepseek_infer(checkpoint: Checkpoint, *, model_parallel: int, parti
     dropped = _dropped(checkpoint, stored)
     kept = [weight for weight in stored.weights if weight.code_name not in dropped]
     if problems := [*_uneven(config, model_parallel), *_uncut(kept, model_parallel, fp8)]:
-        raise PlanError(f"{checkpoint.directory} for {model_parallel} ranks", problems)
+        raise UsageError(f"--model-parallel {model_parallel}: {join_problems(problems)}")
     refused = {w.code_name: reason for w in kept if (reason := _refusal(w, fp8, config)) is not None}
     ranks: list[list[Step]] = [[] for _ in range(model_parallel)]
     for weight in kept:

@@ -11,10 +11,20 @@ from dsv3_tools.conversion.plan import ShardPlan, Step
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError
 
-__all__ = ["count_workers", "host_nbytes_per_worker", "resolve_devices"]
+__all__ = [
+    "FEW_WORKERS",
+    "coded_nbytes",
+    "count_workers",
+    "host_nbytes_per_worker",
+    "largest_whole_nbytes",
+    "resolve_devices",
+]
 
 _MAX_CPU_WORKERS = 16
 _WORKERS_PER_GPU = 4
+
+FEW_WORKERS = 4
+"""Up to so many CPU workers keep their pieces in the cache; see `pipeline_cpu`."""
 
 
 def resolve_devices(device: str, ranks: Ranks) -> list[str]:
@@ -57,21 +67,33 @@ def count_workers(requested: int | None, devices: Sequence[str], num_shards: int
     return max(1, min(requested, num_shards))
 
 
-def host_nbytes_per_worker(devices: Sequence[str], shards: Sequence[ShardPlan]) -> int:
+def host_nbytes_per_worker(devices: Sequence[str], workers: int, shards: Sequence[ShardPlan]) -> int:
     """Returns a bound on the buffers of one worker in host memory.
 
-    On a GPU two batches of pinned input and output, on the CPU a few pieces; either is independent of
-    the sizes of shards and tensors, but for weights with more than 65,536 columns, and for layouts that
-    are only coded whole (GPTQ, AWQ): the largest such weight's bytes, and three for each of its codes.
+    On a GPU two batches of pinned input and output, on the CPU a few pieces (larger ones with many
+    workers), all independent of the sizes of shards and tensors, but for weights with more than 65,536
+    columns, and for layouts that are only coded whole (GPTQ, AWQ).
     """
-    buffers = 224 << 20 if list(devices) != ["cpu"] else 32 << 20
-    return buffers + max((_whole_nbytes(step) for shard in shards for step in shard.steps), default=0)
+    whole = [step for shard in shards for step in shard.steps if _is_whole(step)]
+    if list(devices) != ["cpu"]:
+        return (224 << 20) + 2 * max(map(coded_nbytes, whole), default=0)
+    pieces = 32 << 20 if workers <= FEW_WORKERS else 112 << 20
+    # Moving codes about takes up to three bytes for each of them, quantizing them again four more.
+    return pieces + max((coded_nbytes(step) + 7 * prod(step.shape) for step in whole), default=0)
 
 
-def _whole_nbytes(step: Step) -> int:
-    """Returns the memory for a weight that is never divided; 0 for any other."""
-    formats = [fmt for fmt in (step.source, step.target) if fmt is not None]
-    if step.is_copy or all(fmt.row_alignment is not None for fmt in formats):
-        return 0
+def largest_whole_nbytes(shards: Sequence[ShardPlan]) -> int:
+    """Returns the bytes, in and out, of the largest weight that is only coded whole; 0 without one."""
+    return max((coded_nbytes(step) for shard in shards for step in shard.steps if _is_whole(step)), default=0)
+
+
+def coded_nbytes(step: Step) -> int:
+    """Returns the bytes of a step's inputs and outputs."""
     specs = (*step.input_specs(step.shape).values(), *step.output_specs(step.shape).values())
-    return sum(spec.nbytes for spec in specs) + 3 * prod(step.shape)
+    return sum(spec.nbytes for spec in specs)
+
+
+def _is_whole(step: Step) -> bool:
+    """Whether a step's weight is never divided."""
+    formats = [fmt for fmt in (step.source, step.target) if fmt is not None]
+    return not step.is_copy and any(fmt.row_alignment is None for fmt in formats)

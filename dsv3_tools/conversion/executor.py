@@ -111,7 +111,7 @@ def preview(
         nbytes_free=free_nbytes(destination),
         devices=tuple(devices),
         workers=workers,
-        host_nbytes=workers * host_nbytes_per_worker(devices, plan.shards),
+        host_nbytes=workers * host_nbytes_per_worker(devices, workers, plan.shards),
         problem=problem,
     )
 

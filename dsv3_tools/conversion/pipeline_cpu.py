@@ -9,6 +9,7 @@ from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
+from dsv3_tools.conversion.devices import FEW_WORKERS
 from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.pieces import Piece, check_content, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan, Share
@@ -24,10 +25,8 @@ PIECE_NBYTES = 4 << 20
 """Bytes written per piece: small enough to stay in a core's share of the L3 cache from reading to writing."""
 
 LARGE_PIECE_NBYTES = 16 << 20
-"""The same with more than `_FEW_WORKERS`: Python's share of a piece, which only one worker at a time can do,
+"""The same with more than `FEW_WORKERS`: Python's share of a piece, which only one worker at a time can do,
 counts for more than the cache. 8 workers without a disk limit: 1.8 s instead of 2.4 s."""
-
-_FEW_WORKERS = 4
 
 _READ_AHEAD_NBYTES = 16 << 20
 
@@ -39,7 +38,7 @@ class CpuPipeline:
         self, checkpoints: Mapping[str, Checkpoint], stop: Stop, meter: Meter, *, workers: int
     ) -> None:
         self._checkpoints = checkpoints
-        self._piece_nbytes = PIECE_NBYTES if workers <= _FEW_WORKERS else LARGE_PIECE_NBYTES
+        self._piece_nbytes = PIECE_NBYTES if workers <= FEW_WORKERS else LARGE_PIECE_NBYTES
         self._stop = stop
         self._meter = meter
         self._buffers: dict[str, Tensor] = {}

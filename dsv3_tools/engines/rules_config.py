@@ -163,6 +163,14 @@ def _groups(view: ModelView, engine: Engine) -> Iterator[Problem]:
                 "(groups whose members are scattered need another kernel)",
                 "vLLM 0.32, auto_gptq.py and compressed_tensors (read)",
             )
+        if not scheme.symmetric and _doubts_zero_points(scheme, engine):
+            yield _config_problem(
+                "zero-points",
+                "note",
+                f"{scheme.format} without symmetry: several versions take experts with zero points in one of "
+                "their kernels only, or not at all; try it, or quantize symmetrically",
+                "vLLM, compressed_tensors_moe_wna16.py of several versions (read); 0.32 not tried",
+            )
         if not scheme.symmetric and _refuses_zero_points(scheme, engine):
             yield _config_problem(
                 "zero-points",
@@ -172,6 +180,10 @@ def _groups(view: ModelView, engine: Engine) -> Iterator[Problem]:
                 "vLLM 0.32, auto_gptq.py; SGLang 0.5.23, Triton WNA16 experts are symmetric (read); "
                 "transformers 5.23, integrations/compressed_tensors.py (tried)",
             )
+
+
+def _doubts_zero_points(scheme: Scheme, engine: Engine) -> bool:
+    return scheme.format in ("int4-ct", "w4a8-ct") and engine.family == "vllm"
 
 
 def _refuses_zero_points(scheme: Scheme, engine: Engine) -> bool:

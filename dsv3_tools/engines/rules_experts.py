@@ -26,8 +26,8 @@ def _packed_everywhere(view: ModelView, engine: Engine) -> Iterator[Problem]:
         yield Problem(
             "experts-unpacked",
             "refused",
-            f"{counted(modules)}: not packed, but transformers joins packed experts only (torch.cat(): expected "
-            "a non-empty list); quantize the experts of every layer",
+            f"{counted(modules)}: not packed, but transformers joins packed experts only (torch.cat(): "
+            "expected a non-empty list); quantize the experts of every layer",
             "transformers 5.23, core_model_loading.py (tried)",
         )
 

@@ -175,7 +175,7 @@ def _scale_kind(fmt: str, dtype: str) -> str:
         return "no float"
     if fmt in ("fp8-block", "int8-block", "w4afp8"):
         return "" if dtype == "F32" else "rounded"
-    return "cast" if fmt in ("int4-ct", "gptq", "awq") and dtype == "F32" else ""
+    return "cast" if fmt in ("int4-ct", "gptq", "awq") and dtype in ("F32", "F16") else ""
 
 
 def _groups(view: ModelView, engine: Engine) -> Iterator[Problem]:

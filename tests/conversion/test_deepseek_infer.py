@@ -403,7 +403,7 @@ def test_what_the_demo_computes_otherwise_is_said(sources):
 
 
 def test_ranks_that_do_not_divide_are_refused_in_one_message(sources):
-    message = refusal(sources["bf16"], 3)
+    message = refusal(sources["bf16"], 3, UsageError)
     for words in (
         "for 3 ranks",
         "4 attention heads",
@@ -424,7 +424,7 @@ def test_ranks_that_would_begin_within_a_block_are_refused(tools, tmp_path):
     """160 rows have two rows of scales, which two ranks could share, but not 80 rows each."""
     narrow = FP8 | {"intermediate_size": 160}
     source = tools.make(tmp_path / "source", layers=1, experts=4, overrides=narrow)
-    message = refusal(source, 2)
+    message = refusal(source, 2, UsageError)
     assert "mlp.gate_proj (1): 160 rows cannot be cut into parts of whole blocks of 128" in message
     assert "mlp.down_proj (1): 160 columns" in message
     assert "mlp.up_proj" in message
@@ -438,7 +438,7 @@ def test_no_rank_at_all_is_refused(sources, world):
 
 
 def test_nothing_is_written_when_ranks_do_not_divide(sources, tmp_path):
-    with pytest.raises(PlanError):
+    with pytest.raises(UsageError):
         Case(sources["fp8"], 3).convert(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
