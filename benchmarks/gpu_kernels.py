@@ -286,22 +286,17 @@ def measure_integers(report: Report) -> None:
 def integer_candidates(name: str) -> list[Tiling]:
     """Returns the tilings to try for an operation of `IntegerWeights`."""
     if "-> BF16" in name:
-        sizes = ((4, 1024), (2, 1024), (8, 1024), (4, 512), (8, 512), (4, 2048), (16, 256), (2, 2048))
+        sizes = [(2, 1024), (4, 1024), (8, 1024), (8, 512), (2, 2048), (4, 2048)]
         return [Tiling(r, c, v, w) for r, c in sizes for v, w in ((8, 4), (16, 4), (8, 8))]
     if "channel" in name:
-        sizes = ((1, 1024), (1, 2048), (1, 4096), (2, 1024), (2, 2048), (4, 1024))
-        return [Tiling(r, c, 16, w) for r, c in sizes for w in (1, 2, 4, 8) if 512 <= r * c // w <= 1024]
+        sizes = [(2, 1024), (4, 1024), (8, 1024), (2, 2048), (4, 2048), (8, 2048)]
+        return [Tiling(r, c, 16, w) for r, c in sizes for w in (1, 2, 4) if 512 <= c // w <= 1024]
     if "block" in name:
-        return [Tiling(r, 128, 16, w, m) for r in (16, 32, 64, 128) for w in (4, 8) for m in (0, 64)]
-    sizes = ((4, 512), (8, 512), (16, 512), (32, 128), (64, 128), (8, 256), (16, 256), (4, 1024), (32, 256))
-    limits = (0, 128) if "mse" in name else (0, 80, 96, 128)
-    return [
-        Tiling(r, c, 16, w, m)
-        for r, c in sizes
-        for w in (2, 4, 8)
-        for m in limits
-        if 512 <= r * c // w <= 2048
-    ]
+        return [Tiling(r, 128, 16, w, m) for r in (16, 32, 64) for w in (2, 4, 8) for m in (0, 64, 80)]
+    sizes = [(4, 512), (8, 512), (16, 512), (16, 256), (32, 128), (8, 256), (8, 1024)]
+    limits = (0, 128, 168) if "mse" in name else (0, 64, 80, 96, 128)
+    shapes = [(r, c, w) for r, c in sizes for w in (1, 2, 4) if 1024 <= r * c // w <= 2048]
+    return [Tiling(r, c, 16, w, m) for r, c, w in shapes for m in limits]
 
 
 def compile_integer(name: str, tiling: Tiling) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv3_tools.kernels import dequantize_fp8_block_into, quantize_fp8_block_into, reference
 
-triton_fp8_block = pytest.importorskip("dsv3_tools.kernels.triton_fp8_block", reason="needs triton")
+triton_group = pytest.importorskip("dsv3_tools.kernels.triton_group", reason="needs triton")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,8 +29,8 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 @pytest.fixture(autouse=True, params=["conversions", "integers"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "integers":
-        monkeypatch.setattr(triton_fp8_block, "FP8_CONVERSIONS_SINCE", (1000, 0))
-    elif torch.cuda.get_device_capability() < triton_fp8_block.FP8_CONVERSIONS_SINCE:
+        monkeypatch.setattr(triton_group, "FP8_CONVERSIONS_SINCE", (1000, 0))
+    elif torch.cuda.get_device_capability() < triton_group.FP8_CONVERSIONS_SINCE:
         pytest.skip("needs compute capability 8.9")
 
 
