@@ -97,7 +97,7 @@ def compare_blocks(
         out: the errors of the whole weight.
         top: the rows' first row in the weight.
         steps: those of the rows, beginning with the scales of row `top`.
-        slack: share of an element's magnitude by which it may itself be rounded.
+        slack: share of the power of two below an element by which it may itself be rounded.
         clamp: steps are divided by this where the outermost code stands for something farther out.
     """
     if steps is None:
@@ -147,18 +147,31 @@ def _spread(numbers: Any, width: int, left: int, spread: Any) -> None:
         start = stop
 
 
+# LLVM makes vector code of a loop only if few pairs of its arrays could overlap: hence three loops, not one.
+
+
 @compiled
-def _sum_row(original: Any, other: Any, same: Any, signal: Any, error: Any, largest: Any, peak: Any) -> None:
+def _sum_squares(original: Any, other: Any, signal: Any, error: Any) -> None:
     for j in range(original.size):
-        bits = widen(original[j])
-        value = as_float32(bits)
+        value = as_float32(widen(original[j]))
         difference = value - as_float32(other[j])
-        size, magnitude = abs(difference), abs(value)
-        same[j] += uint32(bits == other[j])
         signal[j] += value * value
         error[j] += difference * difference
+
+
+@compiled
+def _raise_maxima(original: Any, other: Any, largest: Any, peak: Any) -> None:
+    for j in range(original.size):
+        value = as_float32(widen(original[j]))
+        size, magnitude = abs(value - as_float32(other[j])), abs(value)
         largest[j] = size if size > largest[j] else largest[j]
         peak[j] = magnitude if magnitude > peak[j] else peak[j]
+
+
+@compiled
+def _count_same(original: Any, other: Any, same: Any) -> None:
+    for j in range(original.size):
+        same[j] = uint32(same[j] + uint32(widen(original[j]) == other[j]))
 
 
 @compiled
@@ -167,12 +180,13 @@ def _steps_of_integers(
 ) -> None:
     half = float32(0.5)
     for j in range(original.size):
-        value, coded = as_float32(widen(original[j])), as_float32(other[j])
+        bits = widen(original[j])
+        value, coded, power = as_float32(bits), as_float32(other[j]), as_float32(uint32(bits & _EXPONENT))
         code = coded * inverse[j]
         away = (value - coded) * inverse[j]  # signed like the codes, whatever the sign of the scale
         above = (code > low[j] + span - half) & (away > float32(0.0))
         below = (code < low[j] + half) & (away < float32(0.0))
-        excess = abs(away) - slack * abs(value * inverse[j])
+        excess = abs(away) - slack * abs(power * inverse[j])
         excess = excess * clamp if above | below else excess
         steps[j] = excess if excess > steps[j] else steps[j]
 
@@ -180,13 +194,14 @@ def _steps_of_integers(
 @compiled
 def _steps_of_e4m3(original: Any, other: Any, inverse: Any, slack: Any, steps: Any) -> None:
     for j in range(original.size):
-        value, coded = as_float32(widen(original[j])), as_float32(other[j])
+        bits = widen(original[j])
+        value, coded, power = as_float32(bits), as_float32(other[j]), as_float32(uint32(bits & _EXPONENT))
         # Just above the code, so that a product rounded down is not taken for the next smaller exponent.
         code = abs(coded) * inverse[j] * float32(1.00001)
         exponent = uint32(as_uint32(code) & _EXPONENT)
         exponent = exponent if exponent > _SMALLEST_NORMAL else _SMALLEST_NORMAL
         per_step = as_float32(uint32(_TWO_POW_254 - uint32(exponent - _MANTISSA_BITS_E4M3)))
-        excess = (abs(value - coded) - slack * abs(value)) * inverse[j] * per_step
+        excess = (abs(value - coded) - slack * power) * inverse[j] * per_step
         steps[j] = excess if excess > steps[j] else steps[j]
 
 
@@ -240,15 +255,9 @@ def _compare(
             counts[:width] = uint32(0)
             for i in range(begin, end):
                 row, coded = original[i, left : left + width], other[i, left : left + width]
-                _sum_row(
-                    row,
-                    coded,
-                    counts[:width],
-                    tile[0, :width],
-                    tile[1, :width],
-                    tile[3, :width],
-                    tile[4, :width],
-                )
+                _sum_squares(row, coded, tile[0, :width], tile[1, :width])
+                _raise_maxima(row, coded, tile[3, :width], tile[4, :width])
+                _count_same(row, coded, counts[:width])
                 if not has_steps:
                     continue
                 k = (top + i) // block_rows - first_scale
