@@ -5,11 +5,11 @@
 
 Every format is made by its command from the shipped FP8 checkpoint and decoded by ours. The model then runs
 in float32 on the CPU, in transformers' own implementation, over the 64 held-out excerpts of 256 tokens
-(`miniature/heldout_tokens.safetensors`). KL is that of the next-token distribution of the FP8 weights, in float32,
-to the format's, whose weights are rounded to BF16 as engines do; in float64, mean over tokens. So the row of BF16
-is what rounding alone costs. SNR is over the weights that the format quantizes, in
-float32, against the FP8 checkpoint's. Size is that of the tensors; of a real DeepSeek-V3 97 % are routed
-experts, of this model 63 %.
+(`miniature/heldout_tokens.safetensors`). KL is that of the next-token distribution of the FP8 weights, in
+float32, to the format's, whose weights are rounded to BF16 as engines do; in float64, mean over tokens. So
+the row of BF16 is what rounding alone costs. SNR is over the weights that the format quantizes, in float32,
+against the FP8 checkpoint's. Size is that of the tensors; of a real DeepSeek-V3 97 % are routed experts, of
+this model 63 %.
 """
 
 from __future__ import annotations

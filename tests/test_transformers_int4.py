@@ -1,4 +1,4 @@
-"""transformers with compressed-tensors loads our INT4 results and says, to the bit, what our own decoding says."""
+"""transformers with compressed-tensors loads our INT4 results: its logits are those of our own decoding."""
 
 from __future__ import annotations
 

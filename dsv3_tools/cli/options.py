@@ -125,7 +125,7 @@ def fixed_shards_options(function: F) -> F:
             type=click.Choice(["error", "keep"]),
             default="error",
             show_default=True,
-            help="Refuse NaN and infinity in scales and weights, or keep and count them.",
+            help="Refuse NaN and infinity, or keep and count them (zeros where they become integers).",
         ),
         click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST."),
         click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing."),

@@ -186,7 +186,8 @@ def _print_result(result: RunResult) -> None:
 def _print_nonfinite(result: RunResult) -> None:
     if result.nonfinite:
         total = sum(result.nonfinite.values())
+        integers = result.operation.startswith("quantize")
         print_note(
-            f"dsv3: kept {total:,} NaN or infinite elements in {len(result.nonfinite)} tensors, "
-            "listed in the manifest"
+            f"dsv3: {total:,} NaN or infinite elements in {len(result.nonfinite)} tensors were "
+            f"{'written as zeros where they became integers' if integers else 'kept'}, listed in the manifest"
         )

@@ -12,7 +12,7 @@ from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.progress import Progress, Stop
 from dsv3_tools.conversion.quantization import plan_int4, plan_int8
-from dsv3_tools.conversion.quantization_options import INT4Options, INT8Options
+from dsv3_tools.conversion.quantization_options import INT4Options, INT8Options, patterns
 from dsv3_tools.conversion.ranks import ALONE, Ranks
 
 __all__ = ["open_quantize_int4", "open_quantize_int8", "quantize_int4", "quantize_int8"]
@@ -170,7 +170,9 @@ def open_quantize_int8(
     partial: bool = False,
 ) -> Iterator[Opened]:
     """Opens what `quantize_int8` reads, and plans it; see `open_fp8_to_bf16`."""
-    options = INT8Options(include=tuple(include), exclude=tuple(exclude), mtp=mtp, scheme=scheme)
+    options = INT8Options(
+        include=patterns("include", include), exclude=patterns("exclude", exclude), mtp=mtp, scheme=scheme
+    )
     with Checkpoint(source) as checkpoint:
         plan = plan_int8(checkpoint, options, max_shard_size=max_shard_size, partial=partial)
         yield plan, {SOURCE: checkpoint}
@@ -194,8 +196,8 @@ def open_quantize_int4(
 ) -> Iterator[Opened]:
     """Opens what `quantize_int4` reads, and plans it; see `open_fp8_to_bf16`."""
     options = INT4Options(
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=patterns("include", include),
+        exclude=patterns("exclude", exclude),
         mtp=mtp,
         layout=layout,
         group_size=group_size,

@@ -22,6 +22,8 @@ from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.share import Share
 from dsv3_tools.formats import Format
 from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
+from dsv3_tools.formats.integer import IntegerFormat
+from dsv3_tools.formats.recode import moves_codes
 
 __all__ = [
     "PLAN_VERSION",
@@ -149,6 +151,17 @@ class ShardPlan:
         return dict(pair for step in self.steps for pair in step.named_outputs())
 
 
+def _what_happens(source: Format, target: Format) -> str:
+    """Returns what becomes of codes that were integers already: moved, or quantized once more."""
+    if (
+        source.same_bytes(target)
+        or not isinstance(source, IntegerFormat)
+        or not isinstance(target, IntegerFormat)
+    ):
+        return ""
+    return ", codes moved" if moves_codes(source, target) else ", quantized again"
+
+
 def _first_byte(step: Step, header: Header) -> int:
     """Returns where the first byte goes that must be calculated or read."""
     fixed = step.fixed_outputs
@@ -270,11 +283,9 @@ class Plan:
         before: Counter[tuple[str, str]] = Counter()
         after: Counter[tuple[str, str]] = Counter()
         for step in (step for shard in self.shards for step in shard.steps):
-            key = (
-                (step.source.name, step.target.name)
-                if step.source and step.target
-                else (step.dtype, "copied")
-            )
+            key = (step.dtype, "copied")
+            if step.source and step.target:
+                key = (step.source.name, step.target.name + _what_happens(step.source, step.target))
             counts[key] += 1
             own = {part: spec for part, spec in step.input_specs(step.shape).items() if part != LIKE_PART}
             before[key] += sum(spec.nbytes for spec in own.values())

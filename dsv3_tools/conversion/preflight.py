@@ -24,7 +24,7 @@ from dsv3_tools.formats.integer import IntegerFormat
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["check_places", "check_room", "check_scales", "free_nbytes"]
+__all__ = ["check_places", "check_room", "check_scales", "content_problems", "free_nbytes"]
 
 LARGEST_PLAUSIBLE_MEDIAN_SCALE = 1.0
 """Largest median of a weight's scales that is believed. Released scales are about 1e-4; stored as
@@ -111,12 +111,17 @@ def check_scales(
 
     def judge(step: Step) -> list[str]:
         stop.check()
-        return [*_scale_problems(step, checkpoints, keep), *_fixed_problems(step, checkpoints)]
+        return content_problems(step, checkpoints, keep=keep)
 
     with ThreadPoolExecutor(8) as pool:
         problems = [problem for found in pool.map(judge, [*steps, *copied.values()]) for problem in found]
     if problems:
         raise CheckpointError(f"{checkpoints['source'].directory}: {join_problems(problems)}")
+
+
+def content_problems(step: Step, checkpoints: Mapping[str, Checkpoint], *, keep: bool = False) -> list[str]:
+    """Returns what is wrong with the scales and the fixed parts of one weight; `keep` allows any number."""
+    return [*_scale_problems(step, checkpoints, keep), *_fixed_problems(step, checkpoints)]
 
 
 def _fixed_problems(step: Step, checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -168,7 +173,7 @@ def _scale_problem(
     if median > LARGEST_PLAUSIBLE_MEDIAN_SCALE:
         question = "are its scales multipliers" if inverse else "are its scales reciprocals"
         readable = ref.origin != LIKE and isinstance(step.source, FP8Block)
-        remedy = " --scale-semantics says how to read them" if readable else ""
+        remedy = " --scale-semantics of convert fp8-to-bf16 says how to read them" if readable else ""
         return (
             f"{ref.name}: weights would be multiplied by {median:.3g}, expected less than "
             f"{LARGEST_PLAUSIBLE_MEDIAN_SCALE:g}; {question}?{remedy}"

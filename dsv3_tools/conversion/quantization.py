@@ -127,13 +127,13 @@ def _plan(
     assigned = _Assignment(selection, target, rest, kept_layers)
     steps = [recode_step(weight, assigned.format_of(weight)) for weight in kept]
     check_plan(checkpoint, stored, steps, partial=partial, dropped=dropped)
-    require_work(
-        checkpoint, steps, f"no weight is to be changed, all that {kind} takes is {target.name} already"
-    )
     quantization_config = _quantization_config(kept, assigned, options, mtp)
     config = with_quantization(checkpoint.config_json, quantization_config)
     if options.mtp == "drop":
         config["num_nextn_predict_layers"] = 0
+    if config == checkpoint.config_json:  # W4A8, or leaving the MTP module out, needs no new weight
+        done = f"all that {kind} takes is {target.name} already; choose other options"
+        require_work(checkpoint, steps, f"nothing is to be changed: {done}")
     said = asdict(options)
     return finish_plan(checkpoint, f"quantize {kind}", said, steps, config, max_shard_size, dropped=dropped)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dsv3_tools.errors import UsageError
 from dsv3_tools.formats import INT4AWQ, INT4GPTQ, Format, INT4Packed, INT8Block, INT8Channel
 from dsv3_tools.formats.int4 import GROUP_SIZES
 
-__all__ = ["INT4Options", "INT8Options"]
+__all__ = ["INT4Options", "INT8Options", "patterns"]
 
 _LAYOUTS = {"compressed-tensors": INT4Packed, "gptq": INT4GPTQ, "awq": INT4AWQ}
 _SCHEMES = {"channel": INT8Channel, "block": INT8Block}
@@ -32,6 +32,17 @@ class _Selecting:
 
     def __post_init__(self) -> None:
         _check_choice("mtp", self.mtp, ("quantize", "keep", "drop"))
+
+
+def patterns(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Returns the patterns of an option.
+
+    Raises:
+        UsageError: a single string, whose letters would be taken for patterns.
+    """
+    if isinstance(given, str):
+        raise UsageError(f"{name}: got the string {given!r}, expected a list of patterns")
+    return tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,11 @@ def select(
         and not _fits(name.prefix, exclude)
     ]
     selection = Selection(frozenset(name.prefix for name in chosen))
+    if not chosen:
+        raise UsageError("nothing would be quantized: --exclude and --mtp keep leave no linear")
+    for pattern in include:
+        if not any(fnmatchcase(name.prefix, pattern) for name in chosen):
+            raise UsageError(f"--include {pattern!r}: --exclude or --mtp keep leaves out all that it fits")
     _check_tied(weights, selection)
     return selection
 

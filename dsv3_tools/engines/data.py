@@ -180,6 +180,10 @@ _TRANSFORMERS = Engine(
             "transformers 5.23, integrations/compressed_tensors.py (tried)",
         ),
         "int4-ct": _loads("transformers 5.23, integrations/compressed_tensors.py (tried)"),
+        "w4a8-ct": _loads(
+            "transformers 5.23, integrations/compressed_tensors.py (tried)",
+            "computes with activations that are not quantized",
+        ),
         "gptq": Support(
             "misread",
             f"{_EXPERTS_LOST}; GPTQModel.load reads it",

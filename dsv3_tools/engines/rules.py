@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dsv3_tools.engines import (
     rules_config,
+    rules_consistency,
     rules_experts,
     rules_modules,
     rules_mtp,
@@ -30,6 +31,7 @@ ParallelRule = Callable[[ModelView, Engine, int], Iterator[Problem]]
 
 RULES: tuple[Rule, ...] = (
     *rules_config.RULES,
+    *rules_consistency.RULES,
     *rules_tensors.RULES,
     *rules_modules.RULES,
     *rules_experts.RULES,

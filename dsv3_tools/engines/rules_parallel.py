@@ -100,6 +100,11 @@ def _blocks(view: ModelView, engine: Engine, tp: int) -> Iterator[Problem]:
         )
 
 
+def _is_whole_row(view: ModelView, size: int, columns: int) -> bool:
+    """Whether a scale is for a whole output by design, which any number of ranks may share."""
+    return size == columns and any(scheme.group_size == -1 for scheme in view.schemes)
+
+
 def _int4(view: ModelView, engine: Engine, tp: int) -> Iterator[Problem]:
     """A rank's inputs must be whole groups, and what Marlin's tiles can hold."""
     if engine.family not in ("vllm", "sglang"):
@@ -112,7 +117,7 @@ def _int4(view: ModelView, engine: Engine, tp: int) -> Iterator[Problem]:
         rows = rows // tp if part is not None and part[0] == "rows" else rows
         columns = columns // tp if part is not None and part[0] == "columns" else columns
         size = storage.group_size
-        if size and size < storage.shape[1] and columns % size:
+        if size and not _is_whole_row(view, size, storage.shape[1]) and columns % size:
             yield Problem(
                 "tp-groups",
                 "refused",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Parts = Mapping[str, Tensor]
 
-__all__ = ["recode_into"]
+__all__ = ["moves_codes", "recode_into"]
 
 
 def recode_into(source: Format, target: Format, items: Sequence[Parts], outs: Sequence[Parts]) -> Tensor:
@@ -39,9 +39,14 @@ def recode_into(source: Format, target: Format, items: Sequence[Parts], outs: Se
     if isinstance(source, FP8Block) and isinstance(target, IntegerFormat):
         codes = [item[source.weight_part] for item in items]
         return target.encode_from(FloatSource(codes, source.scales(items), source.block_size), outs)
-    if isinstance(source, INT4) and isinstance(target, INT4) and source.same_grid(target):
+    if isinstance(source, INT4) and isinstance(target, INT4) and moves_codes(source, target):
         return _move_codes(source, target, items, outs)
     return _through_float32(source, target, items, outs)
+
+
+def moves_codes(source: Format, target: Format) -> bool:
+    """Whether codes go from one format into the other as they are."""
+    return isinstance(source, INT4) and isinstance(target, INT4) and source.same_grid(target)
 
 
 def _move_codes(source: INT4, target: INT4, items: Sequence[Parts], outs: Sequence[Parts]) -> Tensor:

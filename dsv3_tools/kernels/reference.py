@@ -119,7 +119,7 @@ def _encode(values: Tensor, scale: Tensor, block_size: tuple[int, int]) -> Tenso
 
 
 def with_one_nan(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds float32 `values` to `dtype`, any NaN spelt the one way; torch's vectorized cast writes 0xFFFF."""
+    """Rounds float32 `values` to `dtype`, NaN spelt the one way; torch's vectorized cast writes 0xFFFF."""
     rounded = values.to(dtype)
     bits, nan = {
         torch.bfloat16: (torch.int16, 0x7FC0),

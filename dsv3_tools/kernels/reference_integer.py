@@ -1,7 +1,7 @@
 """The definition of the integer formats' arithmetic, in plain torch; see `reference.py` for the rules.
 
-`cpu_int8.py` and `cpu_int4.py` (numba) and their Triton counterparts give the same bytes as these functions. All
-arithmetic is IEEE float32, one rounding per operation, nothing fused, no subnormal flushed.
+`cpu_int8.py` and `cpu_int4.py` (numba) and their Triton counterparts give the same bytes as these
+functions. All arithmetic is IEEE float32, one rounding per operation, nothing fused, no subnormal flushed.
 
 Three layouts share one idea, weight = (code - zero) x scale, and differ in what shares a scale: INT8 block
 a rectangle, INT8 channel a row, INT4 group `group_size` neighbours in a row. A weight that is not finite does

@@ -21,7 +21,7 @@ LOADED_BY = {
     "gptq": {"vllm", "sglang"},
     "awq": {"vllm", "sglang"},
     "w4afp8": {"sglang", "tensorrt-llm"},
-    "w4a8-ct": {"vllm", "sglang"},
+    "w4a8-ct": {"vllm", "sglang", "transformers"},
 }
 ONLY_REAL_SIZES = {"deepseek-infer"}
 """The demo's router has a bias at DeepSeek-V3's hidden size only."""

@@ -372,6 +372,32 @@ WRONG: dict[str, tuple[str, str, Change, str, str, str]] = {
         "fp8", "lmdeploy", in_shard(f"{A}kv_b_proj.{SCALE}", "model-00000-of-000001.safetensors"),
         "scale-order", "refused", "lmdeploy models/deepseek_v2.py",
     ),
+    "zero points of no use": (
+        "int4-g128", "vllm", put("model.layers.1.mlp.experts.0.up_proj.weight_zero_point", "I32", 32, 4),
+        "zero-points-unused", "misread", "tried on transformers 5.23: loads, other logits",
+    ),
+    "zero points missing": (
+        "int4-g128", "vllm", weights(symmetric=False), "zero-points-missing", "refused",
+        "tried on transformers 5.23: Asymmetric quant requires zero-point values",
+    ),
+    "no groups": (
+        "int4-g128", "vllm", quantization(config_groups={}), "config-arguments", "refused",
+        "tried on transformers 5.23: RuntimeError",
+    ),
+    "a group without a size": (
+        "int4-g128", "sglang", weights(group_size=None), "config-arguments", "refused",
+        "tried on transformers 5.23: refused by compressed-tensors' model",
+    ),
+    "a channel with a size": (
+        "int4-g128", "transformers", weights(strategy="channel"), "config-arguments", "refused",
+        "tried on transformers 5.23: refused by compressed-tensors' model",
+    ),
+    "8 bits said, 4 stored": (
+        "gptq", "vllm", quantization(bits=8), "bits", "refused", "vllm auto_gptq.py",
+    ),
+    "AWQ for another kernel": (
+        "awq", "sglang", quantization(version="gemv"), "awq-variant", "refused", "AutoAWQ linear/gemv.py",
+    ),
     "one layer's experts unpacked, transformers": (
         "int4-g128", "transformers", lambda made: dense_experts(made, 2), "experts-unpacked", "refused",
         "tried on transformers 5.23: torch.cat(): expected a non-empty list of Tensors",
