@@ -1,0 +1,230 @@
+"""One layer: attention and MLP or experts on hidden states, its weights read as they are needed.
+
+Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, K experts of a token.
+"""
+# ruff: noqa: N803, N806 (shape suffixes are capitals)
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv3_tools.model.attention import attend
+from dsv3_tools.model.mlp import gated_mlp
+from dsv3_tools.model.moe import Routes, add_expert, assign, route
+from dsv3_tools.model.parallel import RankGroup
+from dsv3_tools.model.prefetch import Prefetcher
+from dsv3_tools.model.rope import make_rope
+from dsv3_tools.model.settings import Settings
+from dsv3_tools.model.units import layer_orders
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["TOKENS_AT_ONCE", "Layer", "like", "sequence_chunks"]
+
+TOKENS_AT_ONCE = 8192
+"""Tokens whose intermediate values are in memory together, or one sequence if that is longer."""
+
+
+@dataclass
+class _State:
+    """Hidden states on their way through an MLP, on the device: normalised, and what is to be added."""
+
+    x: Tensor
+    sum: Tensor
+    routes: Routes | None = None
+
+
+class Layer:
+    """One layer of a model, MTP layers included.
+
+    Its weights are read when they are used, and not kept. A second pass reads them again, without reading
+    ahead: give all hidden states that a layer is to work on to one `forward_all`.
+
+    Attributes:
+        number: counted from 0 through the MTP layers.
+        is_moe: whether it has a router and routed experts.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        settings: Settings,
+        weights: Prefetcher,
+        *,
+        ranks: RankGroup,
+        device: torch.device,
+    ) -> None:
+        self.number = number
+        self.is_moe = settings.dims.is_moe_layer(number)
+        self._settings = settings
+        self._weights = weights
+        self._ranks = ranks
+        self._device = device
+        self._units = {order.key: order.unit for order in layer_orders(settings, number, ranks)}
+        self._router: dict[str, Tensor] | None = None
+
+    def forward(self, hidden_BLD: Tensor, *, routes: Routes | None = None) -> tuple[Tensor, Routes | None]:
+        """Returns the hidden states after the layer, and the routes that its tokens took.
+
+        The result is where the hidden states were: on the device, or in (pinned) host memory.
+
+        Args:
+            hidden_BLD: hidden states, in the type that is computed in.
+            routes: takes these in place of the router's own, to replay another model's routing.
+
+        Returns:
+            New hidden states, and `routes` or the router's own; None for a dense layer.
+        """
+        (hidden,), (taken,) = self.forward_all([hidden_BLD], [routes])
+        return hidden, taken
+
+    def forward_all(
+        self, hiddens: Sequence[Tensor], routes: Sequence[Routes | None] | None = None
+    ) -> tuple[list[Tensor], list[Routes | None]]:
+        """Does `forward` for several batches of sequences, each weight being read and decoded once."""
+        return self.mlp_all(self.attention_all(hiddens), routes)
+
+    def attention(self, hidden_BLD: Tensor) -> Tensor:
+        """Returns the hidden states after attention, the residual added."""
+        (hidden,) = self.attention_all([hidden_BLD])
+        return hidden
+
+    def attention_all(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
+        """Does `attention` for several batches."""
+        weights = self._take("attention")
+        return [self._attend(hidden, weights) for hidden in hiddens]
+
+    def mlp(self, hidden_BLD: Tensor, *, routes: Routes | None = None) -> tuple[Tensor, Routes | None]:
+        """Returns the hidden states after the MLP or the experts, and the routes, as `forward` does."""
+        (hidden,), (taken,) = self.mlp_all([hidden_BLD], [routes])
+        return hidden, taken
+
+    def mlp_all(
+        self, hiddens: Sequence[Tensor], routes: Sequence[Routes | None] | None = None
+    ) -> tuple[list[Tensor], list[Routes | None]]:
+        """Does `mlp` for several batches. All of them are on the device until the last expert is done."""
+        given = routes or [None] * len(hiddens)
+        states = [self._start(hidden, taken) for hidden, taken in zip(hiddens, given, strict=True)]
+        if (self.number, "mlp") in self._units:
+            weights = self._take("mlp")
+            for state in states:
+                for rows in _chunks(len(state.x)) if weights else ():
+                    state.sum[rows] += gated_mlp(state.x[rows], weights)
+        if self.is_moe:
+            self._add_experts(states)
+        results = [self._finish(hidden, state) for hidden, state in zip(hiddens, states, strict=True)]
+        return results, [state.routes for state in states]
+
+    def route(self, hidden_BLD: Tensor) -> Routes:
+        """Returns the choice of this layer's router for hidden states after `attention`."""
+        return self._route(self._norm(hidden_BLD))
+
+    def expert_inputs(self, hidden_BLD: Tensor) -> Tensor:
+        """Returns what router and experts see of hidden states after `attention`: normalised, `[T, D]`."""
+        return self._norm(hidden_BLD)
+
+    def expert(self, number: int) -> dict[str, Tensor]:
+        """Returns the decoded weights of a routed expert, by `MLP_PARTS`; in order they are read ahead."""
+        return self._take(number)
+
+    def _take(self, part: Hashable) -> dict[str, Tensor]:
+        key = (self.number, part)
+        return self._weights.take(key, self._units[key])
+
+    def _get_router(self) -> dict[str, Tensor]:
+        """Returns norm and router, which are small and stay."""
+        if self._router is None:
+            self._router = self._take("router")
+        return self._router
+
+    def _attend(self, hidden_BLD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        from dsv3_tools.model.numerics import rms_norm
+
+        settings = self._settings
+        rope = make_rope(settings, hidden_BLD.shape[1], device=self._device, dtype=hidden_BLD.dtype)
+        out_BLD = like(hidden_BLD)
+        for rows in sequence_chunks(hidden_BLD):
+            hidden = hidden_BLD[rows].to(self._device)
+            if "o_proj" in weights:
+                x_BLD = rms_norm(hidden, weights["norm"], settings.rms_norm_eps)
+                added = attend(x_BLD, weights, settings, rope)
+            else:  # more ranks than heads
+                added = torch.zeros_like(hidden, dtype=weights["norm"].dtype)
+            out_BLD[rows] = self._ranks.sum_(added).add_(hidden).to(hidden.dtype)
+        return out_BLD
+
+    def _start(self, hidden_BLD: Tensor, routes: Routes | None) -> _State:
+        import torch
+
+        x_TD = self._norm(hidden_BLD)
+        state = _State(x_TD, torch.zeros_like(x_TD, dtype=self._get_router()["norm"].dtype))
+        if self.is_moe and routes is None:
+            state.routes = self._route(x_TD)
+        elif self.is_moe and routes is not None:
+            state.routes = Routes(*(values.to(self._device) for values in routes))
+        return state
+
+    def _norm(self, hidden_BLD: Tensor) -> Tensor:
+        import torch
+
+        from dsv3_tools.model.numerics import rms_norm
+
+        weight, eps = self._get_router()["norm"], self._settings.rms_norm_eps
+        hidden_TD = hidden_BLD.flatten(0, -2)
+        parts = [rms_norm(hidden_TD[rows].to(self._device), weight, eps) for rows in _chunks(len(hidden_TD))]
+        return torch.cat(parts)
+
+    def _route(self, x_TD: Tensor) -> Routes:
+        import torch
+
+        router = self._get_router()
+        parts = [
+            route(x_TD[rows], router["gate"], router.get("bias"), self._settings)
+            for rows in _chunks(len(x_TD))
+        ]
+        return Routes(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _add_experts(self, states: Sequence[_State]) -> None:
+        """Adds the outputs of this rank's experts, one expert after the other."""
+        num_experts = self._settings.dims.n_routed_experts
+        pairs = [(s, s.routes, assign(s.routes, num_experts)) for s in states if s.routes is not None]
+        for expert in self._ranks.share(num_experts):
+            used = [(s, routes, a.places(expert)) for s, routes, a in pairs]
+            if not any(len(places) for _, _, places in used):
+                continue
+            weights = self._take(expert)
+            for state, routes, places in used:
+                for rows in _chunks(len(places)):
+                    add_expert(state.sum, state.x, weights, routes, places[rows])
+
+    def _finish(self, hidden_BLD: Tensor, state: _State) -> Tensor:
+        """Returns the hidden states with the sum over ranks added, in their own memory."""
+        added_TD = self._ranks.sum_(state.sum)
+        out_BLD = like(hidden_BLD)
+        out_TD, hidden_TD = out_BLD.flatten(0, -2), hidden_BLD.flatten(0, -2)
+        for rows in _chunks(len(added_TD)):
+            out_TD[rows] = added_TD[rows].add_(hidden_TD[rows].to(self._device)).to(hidden_BLD.dtype)
+        return out_BLD
+
+
+def like(values: Tensor) -> Tensor:
+    """Returns new memory of the same shape and type in the same place, pinned if that is."""
+    import torch
+
+    return torch.empty_like(values, pin_memory=values.device.type == "cpu" and values.is_pinned())
+
+
+def sequence_chunks(hidden_BLD: Tensor) -> list[slice]:
+    """Returns slices of sequences with at most `TOKENS_AT_ONCE` tokens each, or one sequence."""
+    count = max(1, TOKENS_AT_ONCE // max(1, hidden_BLD.shape[1]))
+    return [slice(start, start + count) for start in range(0, len(hidden_BLD), count)]
+
+
+def _chunks(num_tokens: int) -> list[slice]:
+    return [slice(start, start + TOKENS_AT_ONCE) for start in range(0, num_tokens, TOKENS_AT_ONCE)]

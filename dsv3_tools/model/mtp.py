@@ -1,0 +1,95 @@
+"""The MTP module: one more layer that predicts the token after the next.
+
+Sources: the released layer 61; DeepSeek-V3 report, 2.2; the order (embedding first, hidden state second) and
+what is fed in (hidden states after the norm before the head) from vLLM's and SGLang's DeepSeek MTP models.
+
+Shape suffixes: B sequences, L tokens of a sequence, D hidden, V vocabulary.
+"""
+# ruff: noqa: N803, N806 (shape suffixes are capitals)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dsv3_tools.model.layer import like, sequence_chunks
+from dsv3_tools.model.moe import Routes
+from dsv3_tools.model.prefetch import Order
+from dsv3_tools.model.units import layer_orders, mtp_unit
+from dsv3_tools.model.weights import Wanted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsv3_tools.model.transformer import Transformer
+
+__all__ = ["Mtp"]
+
+
+class Mtp:
+    """One MTP layer of a model.
+
+    Attributes:
+        number: its layer number.
+    """
+
+    def __init__(self, model: Transformer, index: int) -> None:
+        self._model = model
+        self.number = model.mtp_layers[index]
+        self._prefix = f"model.layers.{self.number}."
+        before = f"model.layers.{self.number - 1}.shared_head.norm.weight"
+        self._input_norm = before if index else "model.norm.weight"
+
+    def forward(
+        self, hidden_BLD: Tensor, next_BL: Tensor, *, routes: Routes | None = None
+    ) -> tuple[Tensor, Routes | None]:
+        """Returns the layer's hidden states, and the routes that its tokens took.
+
+        Position t keeps its place for RoPE and predicts the token after `next_BL[:, t]`.
+
+        Args:
+            hidden_BLD: of the main model after its last layer (of the MTP layer before, for a second one),
+                not normalised: the norm before that one's head is applied here.
+            next_BL: the token that follows each position.
+            routes: takes these in place of the router's own.
+        """
+        model = self._model
+        orders = [Order("join", self._join_unit())]
+        orders += layer_orders(model.settings, self.number, model.ranks)
+        with model.reading(orders) as weights:
+            joined = self._join(hidden_BLD, next_BL, weights.take("join", orders[0].unit))
+            return model.layer(self.number, weights).forward(joined, routes=routes)
+
+    def logits(self, hidden_BLD: Tensor, *, chunk: int = 1024) -> Iterator[Tensor]:
+        """Yields logits as `Transformer.logits` does, through the shared head: its norm is the layer's own.
+
+        The matrix is the layer's copy, or the main model's if the checkpoint has none.
+        """
+        own = f"{self._prefix}shared_head.head.weight"
+        head = own if self._model.has(own) else self._model.head_name
+        return self._model.logits_with(
+            f"{self._prefix}shared_head.norm.weight", head, hidden_BLD, chunk=chunk
+        )
+
+    def _join_unit(self) -> dict[str, Wanted]:
+        return {**mtp_unit(self.number), "norm": Wanted(self._input_norm, is_wide=True)}
+
+    def _join(self, hidden_BLD: Tensor, next_BL: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Returns the layer's input."""
+        import torch
+
+        from dsv3_tools.model.numerics import linear, rms_norm
+
+        model, eps = self._model, self._model.settings.rms_norm_eps
+        own = f"{self._prefix}embed_tokens.weight"
+        embedding = own if model.has(own) else "model.embed_tokens.weight"
+        embedded_BLD = model.embed_with(embedding, next_BL, on_host=hidden_BLD.device != model.device)
+        joined_BLD = like(hidden_BLD)
+        for rows in sequence_chunks(hidden_BLD):
+            hidden = rms_norm(hidden_BLD[rows].to(model.device), weights["norm"], eps)
+            pair = (
+                rms_norm(embedded_BLD[rows].to(model.device), weights["enorm"], eps),
+                rms_norm(hidden, weights["hnorm"], eps),
+            )
+            joined_BLD[rows] = linear(torch.cat(pair, dim=-1), weights["eh_proj"])
+        return joined_BLD

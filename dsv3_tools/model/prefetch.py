@@ -1,0 +1,146 @@
+"""Units of weights, read ahead by several threads in the order in which they will be asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dsv3_tools.model.cores import sharing_cores
+from dsv3_tools.model.staging import make_reader
+from dsv3_tools.model.weights import Encoded, Unit, WeightSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Order", "Prefetcher"]
+
+_MAX_QUEUED = 3
+"""Units whose computation may be queued on a GPU and not done: their memory is not free yet."""
+
+
+class Order(NamedTuple):
+    """A unit and what it is asked for by."""
+
+    key: Hashable
+    unit: Unit
+
+
+class _Ahead(NamedTuple):
+    key: Hashable
+    nbytes: int
+    loaded: Future[Encoded | dict[str, Tensor]]
+
+
+class Prefetcher:
+    """Reads units ahead, never more than `budget` bytes (or one unit) beyond the one that was taken last.
+
+    Args:
+        source: of the weights.
+        orders: all units, in the order in which they will be taken; some may be skipped.
+        budget: bytes of units that wait, in the memory in which they wait.
+        threads: that read at once.
+    """
+
+    def __init__(self, source: WeightSource, orders: Sequence[Order], *, budget: int, threads: int) -> None:
+        self._source = source
+        self._orders = orders
+        self._places = {order.key: place for place, order in enumerate(orders)}
+        self._budget = budget
+        self._reader = make_reader(source.device)
+        self._pool = ThreadPoolExecutor(threads, "dsv3-read", self._start_thread)
+        self._cores = ExitStack()
+        if source.device.type == "cpu":
+            self._cores.enter_context(sharing_cores(threads))
+        self._ahead: deque[_Ahead] = deque()
+        self._waiting = 0
+        self._next_read = 0
+        self._next_taken = 0
+        self._queued: deque[Any] = deque()
+
+    def __enter__(self) -> Prefetcher:
+        self._fill()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops reading and lets go of everything."""
+        for ahead in self._ahead:
+            ahead.loaded.cancel()
+        self._pool.shutdown(cancel_futures=True)
+        self._cores.close()
+        self._ahead.clear()
+        self._next_read = self._next_taken = len(self._orders)
+
+    def take(self, key: Hashable, unit: Unit) -> dict[str, Tensor]:
+        """Returns a unit, decoded; units before it that were not taken are skipped.
+
+        One that has been taken or skipped before is read now.
+
+        Raises:
+            CheckpointError: it could not be read.
+        """
+        self._throttle()
+        place = self._places.get(key, -1)
+        if place < self._next_taken:
+            return self._source.decode(self._on_this_stream(self._load(unit)))
+        while self._next_taken <= place:
+            if not self._ahead:
+                self._next_read = self._next_taken = place  # nothing is read that will be skipped
+                self._fill()
+            found = self._ahead.popleft()
+            self._waiting -= found.nbytes
+            self._next_taken += 1
+            if found.key != key:
+                found.loaded.cancel()
+        self._fill()
+        return self._source.decode(self._on_this_stream(found.loaded.result()))
+
+    def _start_thread(self) -> None:
+        """Keeps torch from starting, for each of these threads, as many more as there are cores."""
+        if self._source.device.type == "cpu":
+            import torch
+
+            torch.set_num_threads(1)
+
+    def _fill(self) -> None:
+        while self._next_read < len(self._orders):
+            order = self._orders[self._next_read]
+            nbytes = self._source.nbytes(order.unit)
+            if self._ahead and self._waiting + nbytes > self._budget:
+                return
+            self._ahead.append(_Ahead(order.key, nbytes, self._pool.submit(self._load, order.unit)))
+            self._waiting += nbytes
+            self._next_read += 1
+
+    def _load(self, unit: Unit) -> Encoded | dict[str, Tensor]:
+        loaded = self._source.load(unit, self._reader)
+        self._reader.wait()
+        return loaded
+
+    def _on_this_stream(self, loaded: Encoded | dict[str, Tensor]) -> Encoded | dict[str, Tensor]:
+        """Tells the allocator that memory of the copy stream is in use on the current one."""
+        if isinstance(loaded, Encoded):
+            import torch
+
+            stream = torch.cuda.current_stream(self._source.device)
+            for _, parts in loaded.items.values():
+                for tensor in parts.values():
+                    tensor.record_stream(stream)
+        return loaded
+
+    def _throttle(self) -> None:
+        """Waits until no more than a few units are queued on the GPU without being done."""
+        if self._source.device.type != "cuda":
+            return
+        import torch
+
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._source.device))
+        self._queued.append(done)
+        if len(self._queued) > _MAX_QUEUED:
+            self._queued.popleft().synchronize()

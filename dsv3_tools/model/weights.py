@@ -1,0 +1,220 @@
+"""Weights from a checkpoint in any format, decoded to the type that is computed in.
+
+Only the rows that are wanted are read, widened to what the format keeps together; columns are cut off after
+decoding. On the CPU threads that read ahead decode, too; on a GPU they copy the stored bytes there, through a
+little pinned memory, and the thread that computes decodes a unit's weights in one launch a format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.dtypes import torch_dtype
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.specs import TensorSpec
+from dsv3_tools.errors import CheckpointError, FormatError
+from dsv3_tools.formats.base import Format
+from dsv3_tools.formats.dense import Dense
+from dsv3_tools.formats.stored import StoredWeight, find_weights, read_formats
+from dsv3_tools.model.staging import Reader
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Encoded", "Unit", "Wanted", "WeightSource"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One weight, or some of its rows or columns.
+
+    Attributes:
+        name: its tensor name in an unquantized checkpoint.
+        rows: None is all.
+        columns: None is all.
+        is_wide: decoded to float32 (float64 where that is computed in), whatever is computed in.
+    """
+
+    name: str
+    rows: range | None = None
+    columns: range | None = None
+    is_wide: bool = False
+
+
+Unit = Mapping[str, Wanted]
+"""What is read, kept and freed together, under the names that the computation has for it."""
+
+
+class _Slice(NamedTuple):
+    """The stored rows around those that are wanted."""
+
+    stored: StoredWeight
+    wanted: Wanted
+    first_row: int
+    shape: tuple[int, ...]
+    specs: Mapping[str, TensorSpec]
+    starts: Mapping[str, int]
+
+    @property
+    def key(self) -> tuple[Format, bool]:
+        """Weights with the same are decoded together."""
+        return self.stored.format, self.wanted.is_wide
+
+
+class Encoded(NamedTuple):
+    """A unit in memory, not decoded: per name the parts and which slice of the weight they are."""
+
+    items: Mapping[str, tuple[_Slice, Mapping[str, Tensor]]]
+
+
+class WeightSource:
+    """The weights of one checkpoint.
+
+    Args:
+        checkpoint: open; must stay so.
+        device: where they are decoded.
+        dtype: what they are decoded to.
+
+    Raises:
+        FormatError: the checkpoint's quantization is not known.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredWeight]:
+        where = str(self.checkpoint.directory / CONFIG_NAME)
+        formats = read_formats(self.checkpoint.config_json, where)
+        found = find_weights(self.checkpoint.specs, formats)
+        self._refused = found.refused
+        return {weight.full_name: weight for weight in found.weights}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def nbytes(self, unit: Unit) -> int:
+        """Returns the memory that a unit takes while it waits: decoded on the CPU, stored on a GPU."""
+        slices = [self._slice(wanted) for wanted in unit.values()]
+        stored = sum(spec.nbytes for part in slices for spec in part.specs.values())
+        if self.device.type != "cpu":
+            return stored
+        return sum(TensorSpec("F32", part.shape).nbytes for part in slices)
+
+    def load(self, unit: Unit, reader: Reader) -> Encoded | dict[str, Tensor]:
+        """Reads a unit, and decodes it on the CPU; called by any thread.
+
+        Raises:
+            CheckpointError: a weight is missing or cannot be read.
+            FormatError: its parts are not those of its format.
+        """
+        items = {name: self._read(self._slice(wanted), reader) for name, wanted in unit.items()}
+        encoded = Encoded(items)
+        return self.decode(encoded) if self.device.type == "cpu" else encoded
+
+    def decode(self, unit: Encoded | dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a unit's weights, decoded on the current stream if that has not been done yet."""
+        if not isinstance(unit, Encoded):
+            return unit
+        groups: dict[tuple[Format, bool], list[str]] = {}
+        for name, (part, _) in unit.items.items():
+            groups.setdefault(part.key, []).append(name)
+        decoded: dict[str, Tensor] = {}
+        for (fmt, is_wide), names in groups.items():
+            dtype = self._wide if is_wide else self.dtype
+            items = [unit.items[name] for name in names]
+            decoded |= zip(names, _decode(fmt, items, dtype), strict=True)
+        return {name: _cut(part, decoded[name]) for name, (part, _) in unit.items.items()}
+
+    @property
+    def _wide(self) -> torch.dtype:
+        from dsv3_tools.model.numerics import wide
+
+        return wide(self.dtype)
+
+    def _read(self, part: _Slice, reader: Reader) -> tuple[_Slice, Mapping[str, Tensor]]:
+        tensors = {
+            name: reader.read(self.checkpoint, part.stored.parts[name], part.starts[name], spec)
+            for name, spec in part.specs.items()
+        }
+        return part, tensors
+
+    def _slice(self, wanted: Wanted) -> _Slice:
+        """Returns what to read for a weight.
+
+        Raises:
+            CheckpointError: it is not there.
+            FormatError: a part is missing or of another dtype or shape.
+        """
+        stored = self._stored.get(wanted.name)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {wanted.name} "
+                f"{self._refused.get(wanted.name, 'is missing')}; the forward pass needs it"
+            )
+        self._check(stored)
+        fmt, shape = stored.format, stored.shape
+        if wanted.rows is None or fmt.row_alignment is None:
+            return _Slice(stored, wanted, 0, shape, *_places(fmt, shape, 0))
+        together = fmt.row_alignment
+        first = wanted.rows.start // together * together
+        last = min(-(-wanted.rows.stop // together) * together, shape[0])
+        stripe = (last - first, *shape[1:])
+        return _Slice(stored, wanted, first, stripe, *_places(fmt, stripe, first))
+
+    def _check(self, stored: StoredWeight) -> None:
+        expected = stored.format.parts(stored.shape)
+        for part, name in stored.parts.items():
+            found = self.checkpoint.specs.get(name)
+            if found != expected[part]:
+                raise FormatError(
+                    f"{self.checkpoint.directory}: {name} is {found or 'missing'}, expected {expected[part]} "
+                    f"for {stored.format.name} weights of shape {list(stored.shape)}"
+                )
+
+
+def _places(
+    fmt: Format, shape: tuple[int, ...], first_row: int
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    """Returns specs of the parts of a stripe, and the byte at which each begins.
+
+    What follows from the shape alone (`weight_shape`) is whole in every stripe; nobody decodes it.
+    """
+    specs = fmt.parts(shape)
+    if not first_row:
+        return specs, dict.fromkeys(specs, 0)
+    above = fmt.parts((first_row, *shape[1:]))
+    fixed = fmt.fixed(shape)
+    return specs, {part: 0 if part in fixed else spec.nbytes for part, spec in above.items()}
+
+
+def _decode(
+    fmt: Format, items: Sequence[tuple[_Slice, Mapping[str, Tensor]]], dtype: torch.dtype
+) -> list[Tensor]:
+    """Returns the weights, decoded in one launch; a dense one of the right type is itself the weight."""
+    import torch
+
+    if isinstance(fmt, Dense):
+        return [parts["weight"].to(dtype) for _, parts in items]
+    # The formats know BF16 and float32; float64 computes with the float32 weights.
+    target = dtype if dtype == torch.bfloat16 else torch_dtype("F32")
+    outs = [torch.empty(p.shape, dtype=target, device=next(iter(t.values())).device) for p, t in items]
+    fmt.decode_into([parts for _, parts in items], outs)
+    return [out.to(dtype) for out in outs]
+
+
+def _cut(part: _Slice, weight: Tensor) -> Tensor:
+    """Returns the wanted rows and columns, without the rest in memory behind them."""
+    rows, columns = part.wanted.rows, part.wanted.columns
+    if rows is not None:
+        weight = weight[rows.start - part.first_row : rows.stop - part.first_row]
+    if columns is not None:
+        weight = weight[:, columns.start : columns.stop]
+    return weight if columns is None else weight.contiguous()
