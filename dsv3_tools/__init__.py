@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dsv3_tools.verify.check import CheckReport, check
     from dsv3_tools.verify.inspection import Inspection, inspect
     from dsv3_tools.verify.integrity import IntegrityReport, verify_integrity
+    from dsv3_tools.verify.structure import StructureReport, verify_structure
+    from dsv3_tools.verify.tensors import TensorReport, verify_tensors
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,8 @@ __all__ = [
     "RunResult",
     "SampleResult",
     "Stop",
+    "StructureReport",
+    "TensorReport",
     "__version__",
     "check",
     "convert_bf16_to_fp8",
@@ -57,6 +61,8 @@ __all__ = [
     "quantize_int8",
     "sample",
     "verify_integrity",
+    "verify_structure",
+    "verify_tensors",
 ]
 
 _HOMES = {
@@ -71,6 +77,8 @@ _HOMES = {
     "RunResult": "dsv3_tools.conversion.executor",
     "SampleResult": "dsv3_tools.conversion.sample",
     "Stop": "dsv3_tools.conversion.progress",
+    "StructureReport": "dsv3_tools.verify.structure",
+    "TensorReport": "dsv3_tools.verify.tensors",
     "check": "dsv3_tools.verify.check",
     "convert_bf16_to_fp8": "dsv3_tools.conversion.api",
     "convert_fp8_to_bf16": "dsv3_tools.conversion.api",
@@ -82,6 +90,8 @@ _HOMES = {
     "quantize_int8": "dsv3_tools.conversion.api_quantize",
     "sample": "dsv3_tools.conversion.sample",
     "verify_integrity": "dsv3_tools.verify.integrity",
+    "verify_structure": "dsv3_tools.verify.structure",
+    "verify_tensors": "dsv3_tools.verify.tensors",
 }
 
 

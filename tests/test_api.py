@@ -37,6 +37,8 @@ COMMANDS: dict[str, click.Command] = {
     "quantize_int8": quantize_commands.int8,
     "sample": sample_command.sample,
     "verify_integrity": verify_commands.integrity,
+    "verify_structure": verify_commands.structure,
+    "verify_tensors": verify_commands.tensors,
 }
 ONLY_COMMANDS = {"as_json", "dry_run", "debug"}
 """How a command prints, and previews; a function returns and calls back instead."""

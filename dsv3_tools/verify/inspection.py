@@ -21,7 +21,16 @@ from dsv3_tools.errors import FormatError
 from dsv3_tools.formats import Dense, Format, FP8Block
 from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
 
-__all__ = ["DTypeCount", "FormatCount", "Inspection", "Parameters", "inspect"]
+__all__ = [
+    "DTypeCount",
+    "FormatCount",
+    "Inspection",
+    "Parameters",
+    "flaws",
+    "inspect",
+    "read_what_is_stored",
+    "remarks",
+]
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
         CheckpointError: not a checkpoint of the family, or one whose files do not agree.
     """
     with Checkpoint(directory) as checkpoint:
-        stored, problem = _read_stored(checkpoint)
+        stored, problem = read_what_is_stored(checkpoint)
         mtp = [name for name in checkpoint.specs if _layer(name) in checkpoint.config.mtp_layers]
         quantization = checkpoint.config_json.get("quantization_config")
         return Inspection(
@@ -107,7 +116,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
             mtp_tensors=len(mtp),
             mtp_nbytes=sum(checkpoint.specs[name].nbytes for name in mtp),
             written_by_dsv3=(checkpoint.directory / MANIFEST_NAME).exists(),
-            odd=tuple(_oddities(checkpoint, stored, problem)),
+            odd=(*flaws(checkpoint, stored, problem), *remarks(checkpoint, stored)),
         )
 
 
@@ -124,7 +133,7 @@ def _count_dtypes(checkpoint: Checkpoint) -> dict[str, DTypeCount]:
     return dict(sorted(counts.items(), key=lambda item: -item[1].nbytes))
 
 
-def _read_stored(checkpoint: Checkpoint) -> tuple[Stored, str | None]:
+def read_what_is_stored(checkpoint: Checkpoint) -> tuple[Stored, str | None]:
     """Returns what is stored, and what is wrong with what `config.json` says of it."""
     formats: tuple[Format, ...] = (FP8Block(),)
     has_fp8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
@@ -170,21 +179,12 @@ def _count_parameters(checkpoint: Checkpoint, stored: Stored) -> Parameters:
     return Parameters(shared + routed, active, routed, mtp)
 
 
-def _oddities(checkpoint: Checkpoint, stored: Stored, problem: str | None) -> Iterator[str]:
-    """Yields what a user should know before relying on the checkpoint."""
+def flaws(checkpoint: Checkpoint, stored: Stored, problem: str | None) -> Iterator[str]:
+    """Yields what an engine would refuse or misread."""
     strangers = {name: checkpoint.specs[name] for name in stored.refused if parse_name(name) is None}
     yield from differences(checkpoint.config, stored.logical | strangers)
     if problem is not None:
         yield problem
-    yield from _quantization_oddities(checkpoint, stored)
-    yield from _index_oddities(checkpoint)
-    _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
-    pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-    if pickles:
-        yield f"pickle files, never opened nor copied: {list_names(pickles)}"
-
-
-def _quantization_oddities(checkpoint: Checkpoint, stored: Stored) -> Iterator[str]:
     quantized, specs = list(_quantized(stored)), checkpoint.specs
     if "quantization_config" in checkpoint.config_json and not quantized and not stored.refused:
         yield "no weight is quantized, but config.json has a quantization_config: vLLM would output NaN"
@@ -193,10 +193,17 @@ def _quantization_oddities(checkpoint: Checkpoint, stored: Stored) -> Iterator[s
     if names := sorted(name for name in stored.refused if parse_name(name) is not None):
         others = f" and {len(names) - 1} more: {list_names(names[1:])}" if names[1:] else ""
         yield f"{names[0]} {stored.refused[names[0]]}{others}"
+    biases = [name for name in specs if name.endswith("e_score_correction_bias")]
+    if rounded := [name for name in biases if specs[name].dtype != "F32"]:
+        yield f"{len(rounded)} router biases are not float32: routing changes; {list_names(sorted(rounded))}"
+
+
+def remarks(checkpoint: Checkpoint, stored: Stored) -> Iterator[str]:
+    """Yields what is odd, but does no harm."""
     homes = checkpoint.weight_map
     apart = [
         name
-        for weight in quantized
+        for weight in _quantized(stored)
         for name in weight.parts.values()
         if homes.get(name, homes[weight.code_name]) != homes[weight.code_name]
     ]
@@ -205,9 +212,11 @@ def _quantization_oddities(checkpoint: Checkpoint, stored: Stored) -> Iterator[s
             f"{len(apart)} parts of weights, such as scales, are in another shard than the codes: "
             f"{list_names(sorted(apart))}"
         )
-    biases = [name for name in specs if name.endswith("e_score_correction_bias")]
-    if rounded := [name for name in biases if specs[name].dtype != "F32"]:
-        yield f"{len(rounded)} router biases are not float32: routing changes; {list_names(sorted(rounded))}"
+    yield from _index_oddities(checkpoint)
+    _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
+    pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    if pickles:
+        yield f"pickle files, never opened nor copied: {list_names(pickles)}"
 
 
 def _index_oddities(checkpoint: Checkpoint) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dsv3_tools.checkpoint.paths import hub_blob_sha256, read_small_file, regula
 from dsv3_tools.checkpoint.reader import Checkpoint, read_shard_header
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.errors import CheckpointError, Dsv3Error
+from dsv3_tools.verify.threads import wait_for
 
 __all__ = ["IntegrityReport", "verify_integrity"]
 
@@ -80,7 +81,7 @@ def verify_integrity(
             pool.submit(_check_file, folder, name, nbytes, sha256, meter, stop)
             for name, (nbytes, sha256) in expected.items()
         ]
-        _stop_on_interrupt(tasks, stop)
+        wait_for(tasks, stop)
         problems += [problem for task in tasks if (problem := task.result()) is not None]
     if hashes_from == "manifest":
         unlisted = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in expected)
@@ -155,13 +156,3 @@ def _check_file(folder: Path, name: str, nbytes: int, sha256: str, meter: Meter,
     if digest.hexdigest() != sha256:
         return f"{name}: its SHA-256 is {digest.hexdigest()}, expected {sha256}; its content has changed"
     return None
-
-
-def _stop_on_interrupt(tasks: list[Any], stop: Stop) -> None:
-    """Waits in short steps, so that a signal handler of the main thread gets its turn."""
-    try:
-        while wait(tasks, timeout=0.2).not_done:
-            pass
-    except BaseException:
-        stop.set()
-        raise

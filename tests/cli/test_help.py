@@ -25,6 +25,8 @@ COMMANDS = {
     "quantize int4": ("quantize", "int4"),
     "convert to-deepseek-infer": ("convert", "to-deepseek-infer"),
     "verify integrity": ("verify", "integrity"),
+    "verify structure": ("verify", "structure"),
+    "verify tensors": ("verify", "tensors"),
 }
 GROUPS = ("convert", "quantize", "verify")
 HELPS = {"": ()} | {name: (name,) for name in GROUPS} | COMMANDS
@@ -113,8 +115,9 @@ def test_the_examples_run(dsv3, miniature: Path, tmp_path: Path) -> None:
     """In the order in which one leaves what the next one reads."""
     writing = ("convert fp8-to-bf16", "verify integrity", "convert bf16-to-fp8", "convert to-deepseek-infer")
     integers = ("quantize int8", "quantize int4", "convert int8-to-bf16", "convert int4-to-bf16")
-    assert {"sample", "inspect", "check", *writing, *integers} == COMMANDS.keys()
-    for name in ("sample", "inspect", "check", *writing, *integers):
+    verifying = ("verify structure", "verify tensors")
+    assert {"sample", "inspect", "check", *writing, *integers, *verifying} == COMMANDS.keys()
+    for name in ("sample", "inspect", "check", *writing, *integers, *verifying):
         for example in examples(name):
             line = example.replace("/tmp/", f"{tmp_path}/")
             outcome = dsv3(*shlex.split(line.replace("miniature/checkpoint", str(miniature))))
@@ -145,7 +148,7 @@ def test_completion_scripts(dsv3_process, shell: str) -> None:
     [
         (["dsv3", ""], {"check", "convert", "inspect", "quantize", "sample", "verify"}),
         (["dsv3", "convert", "f"], {"fp8-to-bf16"}),
-        (["dsv3", "verify", ""], {"integrity"}),
+        (["dsv3", "verify", ""], {"integrity", "structure", "tensors"}),
         (["dsv3", "convert", "bf16-to-fp8", "--s"], {"--scale-fmt"}),
         (["dsv3", "convert", "fp8-to-bf16", "--d"], {"--device", "--dry-run", "--debug"}),
         (["dsv3", "convert", "fp8-to-bf16", "--nonfinite", ""], {"error", "keep"}),

@@ -38,6 +38,10 @@ def commands(fp8: Path, bf16: Path, folder: Path) -> list[list[str | Path]]:
         ["check", folder / "int4"],
         ["verify", "integrity", bf16],
         ["verify", "integrity", fp8],
+        ["verify", "structure", fp8],
+        ["verify", "structure", folder / "int4", "--no-data"],
+        ["verify", "tensors", fp8, bf16],
+        ["verify", "tensors", fp8, folder / "int4", "--sample", "5%"],
         ["sample", folder / "sample", "--sparse", "--layers", "2", "--experts", "4"],
     ]
 
