@@ -1,4 +1,4 @@
-# make demo    sets everything up and converts the shipped model to BF16 and back
+# make demo    sets everything up, converts the shipped model to BF16 and back, and to INT4
 # make test    sets everything up and runs the tests (CPU; GPU tests run where there is a GPU)
 # make lint    ruff and mypy
 # make bench   the benchmarks that this machine can run
@@ -31,7 +31,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu_kernels.py
+	$(BIN)/python benchmarks/cpu_integer_kernels.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/convert.py --quantize
+	$(BIN)/python benchmarks/quality.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
