@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,20 @@ def test_most_weights_of_int8_blocks_are_exact(miniature: Path, original: Weight
 
     assert exact(tmp_path / "out") >= 0.83
     assert exact(tmp_path / "control") < 0.1
+
+
+def test_the_table_in_the_readme_is_that_of_the_script() -> None:
+    """Nothing but a table between the marks, with a row for each format that the script measures."""
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- quality: begin -->")[2].partition("<!-- quality: end -->")[0].strip()
+    rows = [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("|")]
+    assert len(rows) == len(block.splitlines())
+    tree = ast.parse((root / "benchmarks" / "quality.py").read_text(encoding="utf-8"))
+    (formats,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FORMATS"
+    )
+    assert isinstance(formats, ast.Dict)
+    assert rows[2:] == [key.value for key in formats.keys if isinstance(key, ast.Constant)]
