@@ -136,8 +136,11 @@ class ShardWriter:
     def _catch_up(self) -> None:
         """Hashes what was written early and is next."""
         while self._hashed in self._early:
-            with destination_errors(self._final, "reading bytes back for their SHA-256"):
-                self._hash_until(self._early.pop(self._hashed), lambda: None)
+            end = self._early.pop(self._hashed)
+            with destination_errors(
+                self._final, f"reading {end - self._hashed:,} bytes back for their SHA-256"
+            ):
+                self._hash_until(end, lambda: None)
 
     def _hash_until(self, end: int, check: Callable[[], None]) -> None:
         buffer = memoryview(bytearray(min(_READ_BACK_BYTES, end - self._hashed)))

@@ -164,7 +164,7 @@ CALLS = {
     "pwrite of the header": ("pwrite", 0, "writing "),
     "first pwrite": ("pwrite", 1, "writing 1 bytes at "),
     "last pwrite": ("pwrite", len(PIECES), "writing "),
-    "preadv": ("preadv", 0, f"reading {NBYTES} bytes back"),
+    "preadv": ("preadv", 0, "reading "),
     "fsync of the file": ("fsync", 0, f"making {NBYTES} bytes durable"),
     "rename": ("rename", 0, f"making {NBYTES} bytes durable"),
     "open of the directory": ("open", 1, f"making {NBYTES} bytes durable"),

@@ -330,11 +330,10 @@ def _one_torch_thread() -> None:
 
 COMMANDS: dict[str, dict[str, Any]] = {
     "quantize-int8": {"operation": "quantize int8"},
-    "quantize-int8-block": {"operation": "quantize int8", "options": {"scheme": "block"}},
     "quantize-int4": {"operation": "quantize int4", "options": {"group_size": 32, "symmetric": False}},
     "quantize-int4-gptq": {"operation": "quantize int4", "options": {"group_size": 32, "layout": "gptq"}},
 }
-"""What is made of the FP8 checkpoint, beside its BF16 form."""
+"""What is made of the FP8 checkpoint, beside its BF16 form; `test_determinism.py` has more of each."""
 
 CASES = ("fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like", *COMMANDS, "int8-to-bf16", "int4-to-bf16")
 

@@ -32,7 +32,7 @@ def test_untouched_result(case, tmp_path):
 
 def test_every_flipped_bit_is_found(case, tmp_path, chance, monkeypatch):
     # The pauses in which a signal would get its turn are longer than the work.
-    monkeypatch.setattr(integrity, "_stop_on_interrupt", lambda tasks, _: wait(tasks))
+    monkeypatch.setattr(integrity, "wait_for", lambda tasks, _: wait(tasks))
     out = tmp_path / "out"
     case.convert(out)
     files = sorted(out.iterdir())

@@ -405,7 +405,7 @@ def test_what_the_demo_computes_otherwise_is_said(sources):
 def test_ranks_that_do_not_divide_are_refused_in_one_message(sources):
     message = refusal(sources["bf16"], 3, UsageError)
     for words in (
-        "for 3 ranks",
+        "--model-parallel 3",
         "4 attention heads",
         "8 routed experts",
         "64 tokens in the vocabulary",
