@@ -13,7 +13,6 @@ from dsv3_tools.errors import UsageError
 
 __all__ = [
     "FEW_WORKERS",
-    "coded_nbytes",
     "count_workers",
     "host_nbytes_per_worker",
     "largest_whole_nbytes",
@@ -74,20 +73,22 @@ def host_nbytes_per_worker(devices: Sequence[str], workers: int, shards: Sequenc
     workers), all independent of the sizes of shards and tensors, but for weights with more than 65,536
     columns, and for layouts that are only coded whole (GPTQ, AWQ).
     """
-    whole = [step for shard in shards for step in shard.steps if _is_whole(step)]
     if list(devices) != ["cpu"]:
-        return (224 << 20) + 2 * max(map(coded_nbytes, whole), default=0)
+        return (224 << 20) + 2 * largest_whole_nbytes(shards)
+    whole = [step for shard in shards for step in shard.steps if _is_whole(step)]
     pieces = 32 << 20 if workers <= FEW_WORKERS else 112 << 20
     # Moving codes about takes up to three bytes for each of them, quantizing them again four more.
-    return pieces + max((coded_nbytes(step) + 7 * prod(step.shape) for step in whole), default=0)
+    return pieces + max((_coded_nbytes(step) + 7 * prod(step.shape) for step in whole), default=0)
 
 
 def largest_whole_nbytes(shards: Sequence[ShardPlan]) -> int:
     """Returns the bytes, in and out, of the largest weight that is only coded whole; 0 without one."""
-    return max((coded_nbytes(step) for shard in shards for step in shard.steps if _is_whole(step)), default=0)
+    return max(
+        (_coded_nbytes(step) for shard in shards for step in shard.steps if _is_whole(step)), default=0
+    )
 
 
-def coded_nbytes(step: Step) -> int:
+def _coded_nbytes(step: Step) -> int:
     """Returns the bytes of a step's inputs and outputs."""
     specs = (*step.input_specs(step.shape).values(), *step.output_specs(step.shape).values())
     return sum(spec.nbytes for spec in specs)

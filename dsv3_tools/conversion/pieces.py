@@ -19,7 +19,7 @@ from dsv3_tools.conversion.plan import ShardPlan, Share, Step, TensorRef
 from dsv3_tools.errors import CheckpointError
 from dsv3_tools.formats import Format
 
-__all__ = ["Piece", "Read", "Write", "check_content", "cut", "read_into"]
+__all__ = ["Piece", "Read", "Write", "check_content", "cut", "read_into", "wrong_content"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,16 @@ def check_content(piece: Piece, found: memoryview) -> None:
     """
     if piece.content is not None and found != piece.content:
         (read,) = piece.reads.values()
-        fmt = piece.step.source
-        raise CheckpointError(
-            f"{read.ref.name}: does not hold what belongs to {fmt.name if fmt else ''} weights of shape "
-            f"{list(piece.step.shape)} (by config.json and by the codes' shape)"
-        )
+        raise CheckpointError(wrong_content(piece.step, read.ref))
+
+
+def wrong_content(step: Step, ref: TensorRef) -> str:
+    """Returns what to say of a part that does not hold what the shape of its weight demands."""
+    name = "" if step.source is None else f"{step.source.name} "
+    return (
+        f"{ref.name}: does not hold what belongs to {name}weights of shape {list(step.shape)} "
+        "(by config.json and by the codes' shape)"
+    )
 
 
 def _fixed_pieces(step: Step, header: Header) -> Iterator[Piece]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.pieces import wrong_content
 from dsv3_tools.conversion.plan import ShardPlan, Step, TensorRef
 from dsv3_tools.conversion.planning import LIKE
 from dsv3_tools.conversion.progress import Stop
@@ -128,10 +129,7 @@ def _fixed_problems(step: Step, checkpoints: Mapping[str, Checkpoint]) -> Iterat
     for part, expected in step.fixed_inputs.items():
         ref = step.inputs[part]
         if checkpoints[ref.origin].read_bytes(ref.name) != expected:
-            yield (
-                f"{ref.name}: does not hold what belongs to {step.source.name if step.source else ''} "
-                f"weights of shape {list(step.shape)} (by config.json and by the codes' shape)"
-            )
+            yield wrong_content(step, ref)
     if isinstance(step.source, INT4GPTQ) and step.source.act_order:
         ref = step.inputs["g_idx"]
         order = np.frombuffer(checkpoints[ref.origin].read_bytes(ref.name), dtype="<i4")

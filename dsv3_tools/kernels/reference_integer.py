@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv3_tools.kernels.int4_layouts import pack_words, unpack_words
 from dsv3_tools.kernels.reference import spread_blocks, with_one_nan
 
 __all__ = [
@@ -187,17 +188,12 @@ def pack_int4(codes: Tensor) -> Tensor:
     Eight neighbours in a row make a word, the first in its lowest four bits: compressed-tensors'
     `pack-quantized`.
     """
-    rows, columns = codes.shape
-    shifts = torch.arange(0, 32, 4, dtype=torch.int64, device=codes.device)
-    words = (codes.reshape(rows, columns // 8, 8).to(torch.int64) << shifts).sum(2)
-    return words.to(torch.int32)
+    return pack_words(codes)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Returns uint8 codes `[rows, 8 x words]` of int32 `[rows, words]`: the reverse of `pack_int4`."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    codes = (packed[:, :, None] >> shifts) & 15
-    return codes.to(torch.uint8).reshape(packed.shape[0], -1)
+    return unpack_words(packed)
 
 
 def _usable(scale: Tensor) -> Tensor:

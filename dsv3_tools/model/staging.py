@@ -7,6 +7,7 @@ All threads share one copy stream, whose allocations the thread that computes ma
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.dtypes import torch_dtype
@@ -23,17 +24,18 @@ SLAB_NBYTES = 16 << 20
 """Pinned memory of a slab; a thread has two."""
 
 
-class Reader:
+class Reader(ABC):
     """Reads tensors, or stretches of them, to one device; may be used by several threads."""
 
+    @abstractmethod
     def read(self, checkpoint: Checkpoint, name: str, start: int, spec: TensorSpec) -> Tensor:
         """Returns the tensor of `spec` that begins at byte `start` of a stored tensor.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self) -> None:
         """Makes the device memory that this thread has filled usable: returns when all copies are done."""
 
@@ -48,6 +50,9 @@ class CpuReader(Reader):
         flat = torch.empty(spec.nbytes, dtype=torch.uint8)
         checkpoint.read_into(name, start, flat.numpy().data)
         return flat.view(torch_dtype(spec.dtype)).reshape(spec.shape)
+
+    def wait(self) -> None:
+        """Returns at once: nothing is copied behind the thread's back."""
 
 
 class CudaReader(Reader):
