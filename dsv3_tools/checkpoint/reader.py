@@ -105,15 +105,23 @@ class Checkpoint:
             CheckpointError: the file ended early or could not be read.
         """
         shard, offset = self.location(name)
-        descriptor, position, done = self.descriptor(shard), offset + start, 0
+        self.read_file_into(shard, offset + start, buffer, what=name)
+
+    def read_file_into(self, shard: str, position: int, buffer: memoryview, *, what: str) -> None:
+        """Fills `buffer` with the bytes of a shard from byte `position` on; `what` they are, for errors.
+
+        Raises:
+            CheckpointError: the file ended early or could not be read.
+        """
+        descriptor, done = self.descriptor(shard), 0
         while done < len(buffer):
             try:
                 count = os.preadv(descriptor, [buffer[done:]], position + done)
             except OSError as error:
-                raise CheckpointError(f"{self.shards[shard].path}: {name}: {error.strerror}") from error
+                raise CheckpointError(f"{self.shards[shard].path}: {what}: {error.strerror}") from error
             if count == 0:
                 raise CheckpointError(
-                    f"{self.shards[shard].path}: {name}: the file ended at byte {position + done:,}; "
+                    f"{self.shards[shard].path}: {what}: the file ended at byte {position + done:,}; "
                     "it was shortened after it was opened"
                 )
             done += count

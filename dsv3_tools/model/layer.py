@@ -7,23 +7,24 @@ Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, K expe
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dsv3_tools.model.attention import attend
 from dsv3_tools.model.mlp import gated_mlp
-from dsv3_tools.model.moe import Routes, add_expert, assign, route
+from dsv3_tools.model.moe import Routes, Scores, add_expert, assign, route, score
 from dsv3_tools.model.parallel import RankGroup
 from dsv3_tools.model.prefetch import Prefetcher
-from dsv3_tools.model.rope import make_rope
+from dsv3_tools.model.rope import Ropes
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.units import layer_orders
+from dsv3_tools.model.weights import Unit
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["TOKENS_AT_ONCE", "Layer", "like", "sequence_chunks"]
+__all__ = ["TOKENS_AT_ONCE", "Layer", "add_residual", "add_residuals", "like", "sequence_chunks"]
 
 TOKENS_AT_ONCE = 8192
 """Tokens whose intermediate values are in memory together, or one sequence if that is longer."""
@@ -38,11 +39,30 @@ class _State:
     routes: Routes | None = None
 
 
+@dataclass
+class _Weights:
+    """A unit's weights in the type of whatever hidden states they meet; those that are wide stay so."""
+
+    unit: Unit
+    own: dict[str, Tensor]
+    others: dict[torch.dtype, dict[str, Tensor]] = field(default_factory=dict)
+
+    def of(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns the weights for hidden states of this type."""
+        if dtype not in self.others:
+            self.others[dtype] = {
+                name: weight if weight.dtype == dtype or self.unit[name].is_wide else weight.to(dtype)
+                for name, weight in self.own.items()
+            }
+        return self.others[dtype]
+
+
 class Layer:
     """One layer of a model, MTP layers included.
 
     Its weights are read when they are used, and not kept. A second pass reads them again, without reading
-    ahead: give all hidden states that a layer is to work on to one `forward_all`.
+    ahead: give all hidden states that a layer is to work on to one `forward_all`. Hidden states of another
+    type than the model's meet weights rounded or widened to theirs.
 
     Attributes:
         number: counted from 0 through the MTP layers.
@@ -57,6 +77,7 @@ class Layer:
         *,
         ranks: RankGroup,
         device: torch.device,
+        ropes: Ropes,
     ) -> None:
         self.number = number
         self.is_moe = settings.dims.is_moe_layer(number)
@@ -64,6 +85,7 @@ class Layer:
         self._weights = weights
         self._ranks = ranks
         self._device = device
+        self._ropes = ropes
         self._units = {order.key: order.unit for order in layer_orders(settings, number, ranks)}
         self._router: dict[str, Tensor] | None = None
 
@@ -86,42 +108,52 @@ class Layer:
         self, hiddens: Sequence[Tensor], routes: Sequence[Routes | None] | None = None
     ) -> tuple[list[Tensor], list[Routes | None]]:
         """Does `forward` for several batches of sequences, each weight being read and decoded once."""
-        return self.mlp_all(self.attention_all(hiddens), routes)
+        middle = add_residuals(hiddens, self.attention_all(hiddens))
+        added, taken = self.mlp_all(middle, routes)
+        return add_residuals(middle, added), taken
 
     def attention(self, hidden_BLD: Tensor) -> Tensor:
         """Returns the hidden states after attention, the residual added."""
-        (hidden,) = self.attention_all([hidden_BLD])
-        return hidden
+        return add_residual(hidden_BLD, *self.attention_all([hidden_BLD]))
 
     def attention_all(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
-        """Does `attention` for several batches."""
-        weights = self._take("attention")
-        return [self._attend(hidden, weights) for hidden in hiddens]
+        """Returns what attention adds to each of several batches: float32 on the device, not rounded."""
+        weights = self._take_all("attention")
+        return [self._attend(hidden, weights.of(hidden.dtype)) for hidden in hiddens]
 
     def mlp(self, hidden_BLD: Tensor, *, routes: Routes | None = None) -> tuple[Tensor, Routes | None]:
         """Returns the hidden states after the MLP or the experts, and the routes, as `forward` does."""
-        (hidden,), (taken,) = self.mlp_all([hidden_BLD], [routes])
-        return hidden, taken
+        added, (taken,) = self.mlp_all([hidden_BLD], [routes])
+        return add_residual(hidden_BLD, *added), taken
 
     def mlp_all(
         self, hiddens: Sequence[Tensor], routes: Sequence[Routes | None] | None = None
     ) -> tuple[list[Tensor], list[Routes | None]]:
-        """Does `mlp` for several batches. All of them are on the device until the last expert is done."""
+        """Returns what MLP or experts add to each of several batches, as `attention_all`, and the routes.
+
+        All of them are on the device until the last expert is done.
+        """
         given = routes or [None] * len(hiddens)
         states = [self._start(hidden, taken) for hidden, taken in zip(hiddens, given, strict=True)]
         if (self.number, "mlp") in self._units:
-            weights = self._take("mlp")
+            weights = self._take_all("mlp")
             for state in states:
-                for rows in _chunks(len(state.x)) if weights else ():
-                    state.sum[rows] += gated_mlp(state.x[rows], weights)
+                for rows in _chunks(len(state.x)) if weights.own else ():
+                    state.sum[rows] += gated_mlp(state.x[rows], weights.of(state.x.dtype))
         if self.is_moe:
             self._add_experts(states)
-        results = [self._finish(hidden, state) for hidden, state in zip(hiddens, states, strict=True)]
+        results = [
+            self._ranks.sum_(s.sum).view(hidden.shape) for hidden, s in zip(hiddens, states, strict=True)
+        ]
         return results, [state.routes for state in states]
 
     def route(self, hidden_BLD: Tensor) -> Routes:
         """Returns the choice of this layer's router for hidden states after `attention`."""
         return self._route(self._norm(hidden_BLD))
+
+    def scores(self, hidden_BLD: Tensor) -> Scores:
+        """Returns the scores by which the router chooses, for hidden states after `attention`."""
+        return self._score(self._norm(hidden_BLD))
 
     def expert_inputs(self, hidden_BLD: Tensor) -> Tensor:
         """Returns what router and experts see of hidden states after `attention`: normalised, `[T, D]`."""
@@ -135,6 +167,9 @@ class Layer:
         key = (self.number, part)
         return self._weights.take(key, self._units[key])
 
+    def _take_all(self, part: Hashable) -> _Weights:
+        return _Weights(self._units[self.number, part], self._take(part))
+
     def _get_router(self) -> dict[str, Tensor]:
         """Returns norm and router, which are small and stay."""
         if self._router is None:
@@ -142,22 +177,18 @@ class Layer:
         return self._router
 
     def _attend(self, hidden_BLD: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Returns what attention adds, summed over the ranks' heads."""
         import torch
 
         from dsv3_tools.model.numerics import rms_norm
 
-        settings = self._settings
-        rope = make_rope(settings, hidden_BLD.shape[1], device=self._device, dtype=hidden_BLD.dtype)
-        out_BLD = like(hidden_BLD)
-        for rows in sequence_chunks(hidden_BLD):
-            hidden = hidden_BLD[rows].to(self._device)
-            if "o_proj" in weights:
-                x_BLD = rms_norm(hidden, weights["norm"], settings.rms_norm_eps)
-                added = attend(x_BLD, weights, settings, rope)
-            else:  # more ranks than heads
-                added = torch.zeros_like(hidden, dtype=weights["norm"].dtype)
-            out_BLD[rows] = self._ranks.sum_(added).add_(hidden).to(hidden.dtype)
-        return out_BLD
+        norm, eps = weights["norm"], self._settings.rms_norm_eps
+        added_BLD = torch.zeros(hidden_BLD.shape, dtype=norm.dtype, device=self._device)
+        rope = self._ropes.get(hidden_BLD.shape[1], hidden_BLD.dtype)
+        for rows in sequence_chunks(hidden_BLD) if "o_proj" in weights else ():  # more ranks than heads
+            x_BLD = rms_norm(hidden_BLD[rows].to(self._device), norm, eps)
+            added_BLD[rows] = attend(x_BLD, weights, self._settings, rope)
+        return self._ranks.sum_(added_BLD)
 
     def _start(self, hidden_BLD: Tensor, routes: Routes | None) -> _State:
         import torch
@@ -181,36 +212,43 @@ class Layer:
         return torch.cat(parts)
 
     def _route(self, x_TD: Tensor) -> Routes:
+        return route(self._score(x_TD), self._settings)
+
+    def _score(self, x_TD: Tensor) -> Scores:
         import torch
 
         router = self._get_router()
-        parts = [
-            route(x_TD[rows], router["gate"], router.get("bias"), self._settings)
-            for rows in _chunks(len(x_TD))
-        ]
-        return Routes(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        parts = [score(x_TD[rows], router["gate"], router.get("bias")) for rows in _chunks(len(x_TD))]
+        return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _add_experts(self, states: Sequence[_State]) -> None:
         """Adds the outputs of this rank's experts, one expert after the other."""
         num_experts = self._settings.dims.n_routed_experts
-        pairs = [(s, s.routes, assign(s.routes, num_experts)) for s in states if s.routes is not None]
+        pairs = [(s, assign(s.routes, num_experts)) for s in states if s.routes is not None]
         for expert in self._ranks.share(num_experts):
-            used = [(s, routes, a.places(expert)) for s, routes, a in pairs]
-            if not any(len(places) for _, _, places in used):
+            used = [(state, a, a.of(expert)) for state, a in pairs]
+            if not any(of.start < of.stop for _, _, of in used):
                 continue
-            weights = self._take(expert)
-            for state, routes, places in used:
-                for rows in _chunks(len(places)):
-                    add_expert(state.sum, state.x, weights, routes, places[rows])
+            weights = self._take_all(expert)
+            for state, assignment, of in used:
+                own = weights.of(state.x.dtype)
+                for part in _chunks(of.stop, of.start):
+                    tokens, scale = assignment.tokens[part], assignment.weights[part]
+                    add_expert(state.sum, state.x, own, tokens, scale)
 
-    def _finish(self, hidden_BLD: Tensor, state: _State) -> Tensor:
-        """Returns the hidden states with the sum over ranks added, in their own memory."""
-        added_TD = self._ranks.sum_(state.sum)
-        out_BLD = like(hidden_BLD)
-        out_TD, hidden_TD = out_BLD.flatten(0, -2), hidden_BLD.flatten(0, -2)
-        for rows in _chunks(len(added_TD)):
-            out_TD[rows] = added_TD[rows].add_(hidden_TD[rows].to(self._device)).to(hidden_BLD.dtype)
-        return out_BLD
+
+def add_residuals(hiddens: Sequence[Tensor], added: Sequence[Tensor]) -> list[Tensor]:
+    """Does `add_residual` for each pair."""
+    return [add_residual(one, other) for one, other in zip(hiddens, added, strict=True)]
+
+
+def add_residual(hidden_BLD: Tensor, added_BLD: Tensor) -> Tensor:
+    """Returns the sum, rounded once, where the hidden states are: on the device or in host memory."""
+    out_BLD = like(hidden_BLD)
+    out_TD, hidden_TD, added_TD = (values.flatten(0, -2) for values in (out_BLD, hidden_BLD, added_BLD))
+    for rows in _chunks(len(added_TD)):
+        out_TD[rows] = (added_TD[rows] + hidden_TD[rows].to(added_TD.device)).to(hidden_BLD.dtype)
+    return out_BLD
 
 
 def like(values: Tensor) -> Tensor:
@@ -226,5 +264,5 @@ def sequence_chunks(hidden_BLD: Tensor) -> list[slice]:
     return [slice(start, start + count) for start in range(0, len(hidden_BLD), count)]
 
 
-def _chunks(num_tokens: int) -> list[slice]:
-    return [slice(start, start + TOKENS_AT_ONCE) for start in range(0, num_tokens, TOKENS_AT_ONCE)]
+def _chunks(stop: int, begin: int = 0) -> list[slice]:
+    return [slice(at, min(at + TOKENS_AT_ONCE, stop)) for at in range(begin, stop, TOKENS_AT_ONCE)]

@@ -16,7 +16,7 @@ from dsv3_tools.model.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Assignment", "Routes", "add_expert", "assign", "route"]
+__all__ = ["Assignment", "Routes", "Scores", "add_expert", "assign", "route", "score"]
 
 
 class Routes(NamedTuple):
@@ -29,33 +29,45 @@ class Routes(NamedTuple):
     weights: Tensor
 
 
+class Scores(NamedTuple):
+    """A router's scores `[T, E]`, wide: `gate` is the sigmoid, `choice` has the bias added."""
+
+    gate: Tensor
+    choice: Tensor
+
+
 class Assignment(NamedTuple):
-    """Routes by expert: places of `Routes` (token x K + k), in the experts' order, and where each begins."""
+    """Routes in the experts' order: each one's token and `[.., 1]` weight, and where each expert begins."""
 
-    order: Tensor
+    tokens: Tensor
+    weights: Tensor
     starts: list[int]
-    experts_per_token: int
 
-    def places(self, expert: int) -> Tensor:
-        """Returns the places of one expert; `places // K` are its tokens, each there once."""
-        return self.order[self.starts[expert] : self.starts[expert + 1]]
+    def of(self, expert: int) -> slice:
+        """Returns the routes of one expert; each token is there once."""
+        return slice(self.starts[expert], self.starts[expert + 1])
 
 
-def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, settings: Settings) -> Routes:
-    """Returns the router's choice, computed in float32 throughout.
+def score(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Scores:
+    """Returns the router's scores, computed in float32 throughout; there is no bias for "greedy"."""
+    from dsv3_tools.model.numerics import linear
 
-    The bias (None for "greedy") counts for the choice of groups, by the sum of the best two experts of each,
-    and of experts in them; not for the weights.
+    gate_TE = linear(x_TD.to(weight_ED.dtype), weight_ED).sigmoid()
+    return Scores(gate_TE, gate_TE if bias_E is None else gate_TE + bias_E)
+
+
+def route(scores: Scores, settings: Settings) -> Routes:
+    """Returns the router's choice.
+
+    The bias counts for the choice of groups, by the sum of the best two experts of each, and of experts in
+    them; not for the weights.
     """
     import torch
 
-    from dsv3_tools.model.numerics import linear
-
     dims = settings.dims
-    scores_TE = linear(x_TD.to(weight_ED.dtype), weight_ED).sigmoid()
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    scores_TE, choice_TE = scores
     if dims.n_group > 1:
-        choice_TGE = choice_TE.view(len(x_TD), dims.n_group, -1)
+        choice_TGE = choice_TE.view(len(choice_TE), dims.n_group, -1)
         best_TG = choice_TGE.topk(min(2, choice_TGE.shape[2]), dim=2).values.sum(dim=2)
         dropped_TG = best_TG.new_ones(best_TG.shape, dtype=torch.bool).scatter(
             1, best_TG.topk(dims.topk_group, dim=1).indices, False
@@ -75,15 +87,15 @@ def assign(routes: Routes, num_experts: int) -> Assignment:
     flat = routes.indices.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
     starts = [0, *counts.cumsum(0).tolist()]
-    return Assignment(flat.argsort(stable=True), starts, routes.indices.shape[1])
+    order = flat.argsort(stable=True)
+    weights = routes.weights.flatten()[order].unsqueeze(1)
+    return Assignment(order // routes.indices.shape[1], weights, starts)
 
 
 def add_expert(
-    out_TD: Tensor, x_TD: Tensor, weights: Mapping[str, Tensor], routes: Routes, places: Tensor
+    out_TD: Tensor, x_TD: Tensor, weights: Mapping[str, Tensor], tokens: Tensor, scale: Tensor
 ) -> None:
-    """Adds one expert's weighted outputs for the tokens at `places` to `out_TD`, in float32."""
+    """Adds one expert's outputs for some tokens, times `scale` `[.., 1]`, to `out_TD`, in float32."""
     from dsv3_tools.model.mlp import gated_mlp
 
-    tokens = places // routes.indices.shape[1]
-    scale = routes.weights.flatten()[places].to(out_TD.dtype).unsqueeze(1)
-    out_TD.index_add_(0, tokens, gated_mlp(x_TD[tokens], weights).mul_(scale))
+    out_TD.index_add_(0, tokens, gated_mlp(x_TD.index_select(0, tokens), weights).mul_(scale))

@@ -9,10 +9,12 @@ Shape suffixes: B sequences, L tokens of a sequence, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
-from dsv3_tools.model.layer import like, sequence_chunks
+from dsv3_tools.model.head import Head
+from dsv3_tools.model.layer import Layer, like, sequence_chunks
 from dsv3_tools.model.moe import Routes
 from dsv3_tools.model.prefetch import Order
 from dsv3_tools.model.units import layer_orders, mtp_unit
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from dsv3_tools.model.transformer import Transformer
 
-__all__ = ["Mtp"]
+__all__ = ["Join", "Mtp"]
 
 
 class Mtp:
@@ -53,43 +55,61 @@ class Mtp:
             next_BL: the token that follows each position.
             routes: takes these in place of the router's own.
         """
+        with self.opened() as (join, layer):
+            return layer.forward(*join([hidden_BLD], next_BL), routes=routes)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Join, Layer]]:
+        """Gives what makes the layer's input, and the layer itself, for several batches of hidden states."""
         model = self._model
-        orders = [Order("join", self._join_unit())]
-        orders += layer_orders(model.settings, self.number, model.ranks)
+        unit = {**mtp_unit(self.number), "norm": Wanted(self._input_norm, is_wide=True)}
+        orders = [Order("join", unit), *layer_orders(model.settings, self.number, model.ranks)]
+        own = f"{self._prefix}embed_tokens.weight"
+        embedding = own if model.has(own) else "model.embed_tokens.weight"
         with model.reading(orders) as weights:
-            joined = self._join(hidden_BLD, next_BL, weights.take("join", orders[0].unit))
-            return model.layer(self.number, weights).forward(joined, routes=routes)
+            join = Join(model, embedding, weights.take("join", unit))
+            yield join, model.layer(self.number, weights)
 
     def logits(self, hidden_BLD: Tensor, *, chunk: int = 1024) -> Iterator[Tensor]:
-        """Yields logits as `Transformer.logits` does, through the shared head: its norm is the layer's own.
+        """Yields logits as `Transformer.logits` does, through the shared head."""
+        return self.head().chunks(hidden_BLD, chunk)
+
+    def head(self) -> Head:
+        """Returns the shared head: its norm is the layer's own.
 
         The matrix is the layer's copy, or the main model's if the checkpoint has none.
         """
         own = f"{self._prefix}shared_head.head.weight"
-        head = own if self._model.has(own) else self._model.head_name
-        return self._model.logits_with(
-            f"{self._prefix}shared_head.norm.weight", head, hidden_BLD, chunk=chunk
-        )
+        matrix = own if self._model.has(own) else self._model.head_name
+        return self._model.head_with(f"{self._prefix}shared_head.norm.weight", matrix)
 
-    def _join_unit(self) -> dict[str, Wanted]:
-        return {**mtp_unit(self.number), "norm": Wanted(self._input_norm, is_wide=True)}
 
-    def _join(self, hidden_BLD: Tensor, next_BL: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Returns the layer's input."""
+class Join(NamedTuple):
+    """What an MTP layer has before its layer proper: norms, and the matrix that joins the two."""
+
+    model: Transformer
+    embedding: str
+    weights: dict[str, Tensor]
+
+    def __call__(self, hiddens: Sequence[Tensor], next_BL: Tensor) -> list[Tensor]:
+        """Returns the layer's input for each of several batches with the same tokens."""
+        on_host = hiddens[0].device != self.model.device
+        embedded_BLD = self.model.embed_with(self.embedding, next_BL, on_host=on_host)
+        return [self._join(hidden_BLD, embedded_BLD.to(hidden_BLD.dtype)) for hidden_BLD in hiddens]
+
+    def _join(self, hidden_BLD: Tensor, embedded_BLD: Tensor) -> Tensor:
         import torch
 
         from dsv3_tools.model.numerics import linear, rms_norm
 
-        model, eps = self._model, self._model.settings.rms_norm_eps
-        own = f"{self._prefix}embed_tokens.weight"
-        embedding = own if model.has(own) else "model.embed_tokens.weight"
-        embedded_BLD = model.embed_with(embedding, next_BL, on_host=hidden_BLD.device != model.device)
+        weights, device, eps = self.weights, self.model.device, self.model.settings.rms_norm_eps
+        matrix = weights["eh_proj"].to(hidden_BLD.dtype)
         joined_BLD = like(hidden_BLD)
         for rows in sequence_chunks(hidden_BLD):
-            hidden = rms_norm(hidden_BLD[rows].to(model.device), weights["norm"], eps)
+            hidden = rms_norm(hidden_BLD[rows].to(device), weights["norm"], eps)
             pair = (
-                rms_norm(embedded_BLD[rows].to(model.device), weights["enorm"], eps),
+                rms_norm(embedded_BLD[rows].to(device), weights["enorm"], eps),
                 rms_norm(hidden, weights["hnorm"], eps),
             )
-            joined_BLD[rows] = linear(torch.cat(pair, dim=-1), weights["eh_proj"])
+            joined_BLD[rows] = linear(torch.cat(pair, dim=-1), matrix)
         return joined_BLD

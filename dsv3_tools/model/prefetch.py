@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv3_tools.model.cores import sharing_cores
 from dsv3_tools.model.staging import make_reader
-from dsv3_tools.model.weights import Encoded, Unit, WeightSource
+from dsv3_tools.model.weights import Encoded, Prepared, Unit, WeightSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,7 @@ class Prefetcher:
         if source.device.type == "cpu":
             self._cores.enter_context(sharing_cores(threads))
         self._ahead: deque[_Ahead] = deque()
+        self._prepared: Prepared | None = None  # the unit that comes next, if it had to wait
         self._waiting = 0
         self._next_read = 0
         self._next_taken = 0
@@ -87,10 +88,11 @@ class Prefetcher:
         self._throttle()
         place = self._places.get(key, -1)
         if place < self._next_taken:
-            return self._source.decode(self._on_this_stream(self._load(unit)))
+            return self._decode(self._source.load(self._source.prepare(unit), self._reader))
         while self._next_taken <= place:
             if not self._ahead:
                 self._next_read = self._next_taken = place  # nothing is read that will be skipped
+                self._prepared = None
                 self._fill()
             found = self._ahead.popleft()
             self._waiting -= found.nbytes
@@ -98,7 +100,7 @@ class Prefetcher:
             if found.key != key:
                 found.loaded.cancel()
         self._fill()
-        return self._source.decode(self._on_this_stream(found.loaded.result()))
+        return self._decode(found.loaded.result())
 
     def _start_thread(self) -> None:
         """Keeps torch from starting, for each of these threads, as many more as there are cores."""
@@ -110,28 +112,22 @@ class Prefetcher:
     def _fill(self) -> None:
         while self._next_read < len(self._orders):
             order = self._orders[self._next_read]
-            nbytes = self._source.nbytes(order.unit)
-            if self._ahead and self._waiting + nbytes > self._budget:
+            prepared = self._prepared or self._source.prepare(order.unit)
+            if self._ahead and self._waiting + prepared.nbytes > self._budget:
+                self._prepared = prepared  # for the next time
                 return
-            self._ahead.append(_Ahead(order.key, nbytes, self._pool.submit(self._load, order.unit)))
-            self._waiting += nbytes
+            self._prepared = None
+            loaded = self._pool.submit(self._source.load, prepared, self._reader)
+            self._ahead.append(_Ahead(order.key, prepared.nbytes, loaded))
+            self._waiting += prepared.nbytes
             self._next_read += 1
 
-    def _load(self, unit: Unit) -> Encoded | dict[str, Tensor]:
-        loaded = self._source.load(unit, self._reader)
-        self._reader.wait()
-        return loaded
-
-    def _on_this_stream(self, loaded: Encoded | dict[str, Tensor]) -> Encoded | dict[str, Tensor]:
-        """Tells the allocator that memory of the copy stream is in use on the current one."""
+    def _decode(self, loaded: Encoded | dict[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(loaded, Encoded):
             import torch
 
-            stream = torch.cuda.current_stream(self._source.device)
-            for _, parts in loaded.items.values():
-                for tensor in parts.values():
-                    tensor.record_stream(stream)
-        return loaded
+            loaded.loaded.hand_over(torch.cuda.current_stream(self._source.device))
+        return self._source.decode(loaded)
 
     def _throttle(self) -> None:
         """Waits until no more than a few units are queued on the GPU without being done."""

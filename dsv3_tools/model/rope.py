@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Rope", "frequencies", "make_rope", "mscale", "softmax_scale"]
+__all__ = ["Rope", "Ropes", "frequencies", "make_rope", "mscale", "softmax_scale"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,22 @@ class Rope:
             (first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1
         )
         return turned.to(x_LR.dtype)
+
+
+class Ropes:
+    """The ropes of a model on one device, each computed once."""
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self._settings = settings
+        self._device = device
+        self._known: dict[tuple[int, torch.dtype], Rope] = {}
+
+    def get(self, length: int, dtype: torch.dtype) -> Rope:
+        """Returns the rope of positions 0 to `length` - 1 for hidden states of this type."""
+        key = length, dtype
+        if key not in self._known:
+            self._known[key] = make_rope(self._settings, length, device=self._device, dtype=dtype)
+        return self._known[key]
 
 
 def make_rope(settings: Settings, length: int, *, device: torch.device, dtype: torch.dtype) -> Rope:

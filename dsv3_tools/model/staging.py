@@ -1,16 +1,19 @@
 """Bytes of a checkpoint into tensors: on the CPU directly, on a GPU through a little pinned memory.
 
-Every reading thread has two pinned slabs: one fills from the file while the other is copied to the device.
-All threads share one copy stream, whose allocations the thread that computes may free at any time.
+A unit's tensors lie in one piece of GPU memory, in the order in which the files have them, so that what is
+contiguous there is read at once. Every reading thread has two pinned slabs: one fills from the file while
+the other is copied to the device. All threads share one copy stream, and none of them waits for the copies:
+whoever computes has its stream wait.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from dsv3_tools.checkpoint.dtypes import torch_dtype
+from dsv3_tools.checkpoint.dtypes import DTYPES, torch_dtype
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 
@@ -18,41 +21,74 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["SLAB_NBYTES", "CpuReader", "CudaReader", "Reader", "make_reader"]
+__all__ = ["SLAB_NBYTES", "CpuReader", "CudaReader", "Loaded", "Piece", "Reader", "lay_out", "make_reader"]
 
 SLAB_NBYTES = 16 << 20
 """Pinned memory of a slab; a thread has two."""
 
+_ALIGNMENT = 256
+
+
+class Piece(NamedTuple):
+    """A stored tensor, or the stretch of one that begins at byte `start`."""
+
+    name: str
+    start: int
+    spec: TensorSpec
+
+
+class Loaded(NamedTuple):
+    """Tensors in the order of their pieces, to be used after `ready`, and the memory that they lie in.
+
+    On a CPU they can be used at once, and there is no such memory.
+    """
+
+    tensors: Sequence[Tensor]
+    memory: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+    def hand_over(self, stream: torch.cuda.Stream) -> None:
+        """Has `stream` wait for the copies, and tells the allocator that it uses their memory."""
+        if self.memory is not None and self.ready is not None:
+            stream.wait_event(self.ready)
+            self.memory.record_stream(stream)
+
 
 class Reader(ABC):
-    """Reads tensors, or stretches of them, to one device; may be used by several threads."""
+    """Reads tensors to one device; may be used by several threads."""
 
     @abstractmethod
-    def read(self, checkpoint: Checkpoint, name: str, start: int, spec: TensorSpec) -> Tensor:
-        """Returns the tensor of `spec` that begins at byte `start` of a stored tensor.
+    def read(self, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+        """Returns the tensors of these pieces.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: one cannot be read.
         """
-
-    @abstractmethod
-    def wait(self) -> None:
-        """Makes the device memory that this thread has filled usable: returns when all copies are done."""
 
 
 class CpuReader(Reader):
     """Reads straight into new tensors."""
 
-    def read(self, checkpoint: Checkpoint, name: str, start: int, spec: TensorSpec) -> Tensor:
-        """Returns the tensor, in memory of its own."""
+    def read(self, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+        """Returns the tensors, each in memory of its own."""
         import torch
 
-        flat = torch.empty(spec.nbytes, dtype=torch.uint8)
-        checkpoint.read_into(name, start, flat.numpy().data)
-        return flat.view(torch_dtype(spec.dtype)).reshape(spec.shape)
+        tensors = []
+        for name, start, spec in pieces:
+            flat = torch.empty(spec.nbytes, dtype=torch.uint8)
+            checkpoint.read_into(name, start, flat.numpy().data)
+            tensors.append(_as_tensor(flat, spec))
+        return Loaded(tensors)
 
-    def wait(self) -> None:
-        """Returns at once: nothing is copied behind the thread's back."""
+
+class _Run(NamedTuple):
+    """Contiguous bytes of a file, and their place in a unit's memory; `name` is that of the first tensor."""
+
+    name: str
+    shard: str
+    position: int
+    nbytes: int
+    place: int
 
 
 class CudaReader(Reader):
@@ -65,33 +101,38 @@ class CudaReader(Reader):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._local = threading.local()
 
-    def read(self, checkpoint: Checkpoint, name: str, start: int, spec: TensorSpec) -> Tensor:
-        """Returns device memory that will hold the tensor once `wait` has returned."""
+    def read(self, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+        """Returns tensors in one piece of device memory, whose copies have been queued."""
         import torch
 
-        slabs = self._slabs()
+        runs, places = lay_out(checkpoint, pieces)
+        nbytes = runs[-1].place + runs[-1].nbytes if runs else 0
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
-            flat = torch.empty(spec.nbytes, dtype=torch.uint8, device=self._device)
-            for begin in range(0, spec.nbytes, SLAB_NBYTES):
-                slab, copied = slabs[0], slabs[0].copied
-                slabs.reverse()
-                count = min(SLAB_NBYTES, spec.nbytes - begin)
-                copied.synchronize()
-                checkpoint.read_into(name, start + begin, slab.bytes[:count])
-                flat[begin : begin + count].copy_(slab.memory[:count], non_blocking=True)
-                copied.record(self._stream)
-        return flat.view(torch_dtype(spec.dtype)).reshape(spec.shape)
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            for begin in range(0, nbytes, SLAB_NBYTES):
+                self._copy(checkpoint, runs, memory[begin : begin + SLAB_NBYTES], begin)
+            ready.record(self._stream)
+        flats = (memory[at : at + p.spec.nbytes] for p, at in zip(pieces, places, strict=True))
+        tensors = [_as_tensor(flat, piece.spec) for flat, piece in zip(flats, pieces, strict=True)]
+        return Loaded(tensors, memory, ready)
 
-    def wait(self) -> None:
-        """Waits for this thread's copies."""
-        for slab in self._slabs():
-            slab.copied.synchronize()
+    def _copy(self, checkpoint: Checkpoint, runs: Sequence[_Run], target: Tensor, begin: int) -> None:
+        """Fills a slab with what the unit's memory has from `begin` on, and queues its copy to `target`."""
+        slab = self._next_slab()
+        slab.copied.synchronize()
+        for run, skipped, place, count in _within(runs, begin, begin + len(target)):
+            buffer = slab.bytes[place - begin : place - begin + count]
+            checkpoint.read_file_into(run.shard, run.position + skipped, buffer, what=run.name)
+        target.copy_(slab.memory[: len(target)], non_blocking=True)
+        slab.copied.record(self._stream)
 
-    def _slabs(self) -> list[_Slab]:
+    def _next_slab(self) -> _Slab:
         if not hasattr(self._local, "slabs"):
             self._local.slabs = [_Slab(), _Slab()]
-        slabs: list[_Slab] = self._local.slabs
-        return slabs
+        self._local.slabs.reverse()
+        slab: _Slab = self._local.slabs[0]
+        return slab
 
 
 class _Slab:
@@ -103,6 +144,44 @@ class _Slab:
         self.memory = torch.empty(SLAB_NBYTES, dtype=torch.uint8, pin_memory=True)
         self.bytes = self.memory.numpy().data
         self.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+
+def lay_out(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[list[_Run], list[int]]:
+    """Returns the runs that cover some pieces, and where in their common memory each piece begins.
+
+    Runs begin at multiples of 256 bytes. A piece joins the run that ends where it begins, if that leaves it
+    at a multiple of its element size.
+    """
+    runs: list[_Run] = []
+    places = [0] * len(pieces)
+    located = [(checkpoint.location(piece.name), piece.start, number) for number, piece in enumerate(pieces)]
+    for (shard, offset), start, number in sorted(located):
+        spec, position = pieces[number].spec, offset + start
+        last = runs[-1] if runs else None
+        end = last.place + last.nbytes if last else 0
+        if (
+            last
+            and (shard, position) == (last.shard, last.position + last.nbytes)
+            and (end * 8) % DTYPES[spec.dtype].bits == 0
+        ):
+            places[number] = end
+            runs[-1] = last._replace(nbytes=last.nbytes + spec.nbytes)
+        else:
+            places[number] = -(-end // _ALIGNMENT) * _ALIGNMENT
+            runs.append(_Run(pieces[number].name, shard, position, spec.nbytes, places[number]))
+    return runs, places
+
+
+def _within(runs: Sequence[_Run], begin: int, end: int) -> Iterator[tuple[_Run, int, int, int]]:
+    """Yields the runs with bytes in a window of places: bytes before it, first place in it, bytes in it."""
+    for run in runs:
+        first, last = max(begin, run.place), min(end, run.place + run.nbytes)
+        if first < last:
+            yield run, first - run.place, first, last - first
+
+
+def _as_tensor(flat: Tensor, spec: TensorSpec) -> Tensor:
+    return flat.view(torch_dtype(spec.dtype)).reshape(spec.shape)
 
 
 def make_reader(device: torch.device) -> Reader:

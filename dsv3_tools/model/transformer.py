@@ -26,10 +26,12 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.errors import UsageError
 from dsv3_tools.model.cores import reading_threads
+from dsv3_tools.model.head import Head
 from dsv3_tools.model.layer import Layer
 from dsv3_tools.model.mtp import Mtp
 from dsv3_tools.model.parallel import ALONE, RankGroup
 from dsv3_tools.model.prefetch import Order, Prefetcher
+from dsv3_tools.model.rope import Ropes
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.units import layer_orders, stripe
 from dsv3_tools.model.weights import Unit, Wanted, WeightSource
@@ -51,6 +53,8 @@ class Transformer:
         checkpoint: open; must stay so.
         device: "cpu", "cuda:0", ...: where everything is computed.
         dtype: "F32" or "BF16", of weights and hidden states ("F64" measures rounding).
+        through_bf16: rounds decoded weights to BF16, whatever is computed in: then a quantized checkpoint and
+            its conversion to BF16 are the same model, bit for bit.
         ranks: divides the work with other processes; every one of them must make the same calls, and has
             the same results.
         budget: bytes of weights that are read ahead; None is 1 GiB on a CPU, 4 GiB on a GPU.
@@ -72,6 +76,7 @@ class Transformer:
         *,
         device: str | torch.device = "cpu",
         dtype: str = "F32",
+        through_bf16: bool = False,
         ranks: RankGroup | None = None,
         budget: int | None = None,
         threads: int | None = None,
@@ -87,7 +92,10 @@ class Transformer:
         self.device = torch.device(device)
         self.dtype = compute_dtype(dtype)
         self.ranks = ranks or ALONE
-        self._source = WeightSource(checkpoint, device=self.device, dtype=self.dtype)
+        self._source = WeightSource(
+            checkpoint, device=self.device, dtype=self.dtype, through_bf16=through_bf16
+        )
+        self._ropes = Ropes(self.settings, self.device)
         self._budget = budget or ((4 << 30) if self.device.type == "cuda" else (1 << 30))
         self._threads = threads or reading_threads(self.device.type, self.ranks.processes_here)
 
@@ -125,7 +133,11 @@ class Transformer:
 
         The final norm is applied here. `hidden_BLD` may have any dimensions before D; tokens come in order.
         """
-        return self.logits_with("model.norm.weight", self.head_name, hidden_BLD, chunk=chunk)
+        return self.head().chunks(hidden_BLD, chunk)
+
+    def head(self) -> Head:
+        """Returns final norm and output matrix, in memory until it is dropped."""
+        return self.head_with("model.norm.weight", self.head_name)
 
     def mtp(self, index: int = 0) -> Mtp:
         """Returns an MTP layer.
@@ -152,7 +164,7 @@ class Transformer:
 
     def layer(self, number: int, weights: Prefetcher) -> Layer:
         """Returns a layer that takes its weights from `weights`."""
-        return Layer(number, self.settings, weights, ranks=self.ranks, device=self.device)
+        return Layer(number, self.settings, weights, ranks=self.ranks, device=self.device, ropes=self._ropes)
 
     @contextmanager
     def reading(self, orders: Sequence[Order]) -> Iterator[Prefetcher]:
@@ -187,20 +199,10 @@ class Transformer:
             hidden_BLD[inside] = weight.to(place)[tokens_BL[inside] - rows.start]
         return hidden_BLD
 
-    def logits_with(
-        self, norm_name: str, head_name: str, hidden_BLD: Tensor, *, chunk: int
-    ) -> Iterator[Tensor]:
-        """Does `logits` with the norm and the matrix of these names; the matrix is in memory meanwhile."""
-        from dsv3_tools.model.numerics import linear_wide, rms_norm
-
+    def head_with(self, norm_name: str, matrix_name: str) -> Head:
+        """Does `head` with the norm and the matrix of these names."""
         norm = self.read({"norm": Wanted(norm_name, is_wide=True)})["norm"]
-        head_VD = self._matrix(head_name)
-        hidden_TD = hidden_BLD.flatten(0, -2)
-        for start in range(0, len(hidden_TD), chunk):
-            x_TD = rms_norm(
-                hidden_TD[start : start + chunk].to(self.device), norm, self.settings.rms_norm_eps
-            )
-            yield linear_wide(x_TD, head_VD)
+        return Head(norm, self._matrix(matrix_name), self.settings.rms_norm_eps)
 
     def _matrix(self, name: str) -> Tensor:
         """Returns a matrix with a row for each token, read by all threads."""

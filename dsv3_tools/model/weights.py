@@ -20,13 +20,13 @@ from dsv3_tools.errors import CheckpointError, FormatError
 from dsv3_tools.formats.base import Format
 from dsv3_tools.formats.dense import Dense
 from dsv3_tools.formats.stored import StoredWeight, find_weights, read_formats
-from dsv3_tools.model.staging import Reader
+from dsv3_tools.model.staging import Loaded, Piece, Reader
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Encoded", "Unit", "Wanted", "WeightSource"]
+__all__ = ["Encoded", "Prepared", "Unit", "Wanted", "WeightSource"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,18 @@ class _Slice(NamedTuple):
         return self.stored.format, self.wanted.is_wide
 
 
+class Prepared(NamedTuple):
+    """What to read for a unit, and the memory that it takes while it waits: stored on a GPU, else decoded."""
+
+    slices: Mapping[str, _Slice]
+    nbytes: int
+
+
 class Encoded(NamedTuple):
     """A unit in memory, not decoded: per name the parts and which slice of the weight they are."""
 
     items: Mapping[str, tuple[_Slice, Mapping[str, Tensor]]]
+    loaded: Loaded
 
 
 class WeightSource:
@@ -79,15 +87,24 @@ class WeightSource:
         checkpoint: open; must stay so.
         device: where they are decoded.
         dtype: what they are decoded to.
+        through_bf16: rounds them to BF16 on the way; not those that are wide.
 
     Raises:
         FormatError: the checkpoint's quantization is not known.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        through_bf16: bool = False,
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self._through_bf16 = through_bf16
 
     @cached_property
     def _stored(self) -> dict[str, StoredWeight]:
@@ -100,23 +117,37 @@ class WeightSource:
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
-    def nbytes(self, unit: Unit) -> int:
-        """Returns the memory that a unit takes while it waits: decoded on the CPU, stored on a GPU."""
-        slices = [self._slice(wanted) for wanted in unit.values()]
-        stored = sum(spec.nbytes for part in slices for spec in part.specs.values())
-        if self.device.type != "cpu":
-            return stored
-        return sum(TensorSpec("F32", part.shape).nbytes for part in slices)
+    def prepare(self, unit: Unit) -> Prepared:
+        """Returns what to read for a unit.
 
-    def load(self, unit: Unit, reader: Reader) -> Encoded | dict[str, Tensor]:
+        Raises:
+            CheckpointError: a weight is missing.
+            FormatError: its parts are not those of its format.
+        """
+        slices = {name: self._slice(wanted) for name, wanted in unit.items()}
+        if self.device.type == "cpu":
+            return Prepared(slices, sum(TensorSpec("F32", part.shape).nbytes for part in slices.values()))
+        specs = [spec for part in slices.values() for spec in part.specs.values()]
+        return Prepared(slices, sum(spec.nbytes for spec in specs))
+
+    def load(self, prepared: Prepared, reader: Reader) -> Encoded | dict[str, Tensor]:
         """Reads a unit, and decodes it on the CPU; called by any thread.
 
         Raises:
-            CheckpointError: a weight is missing or cannot be read.
-            FormatError: its parts are not those of its format.
+            CheckpointError: a weight cannot be read.
         """
-        items = {name: self._read(self._slice(wanted), reader) for name, wanted in unit.items()}
-        encoded = Encoded(items)
+        pieces = [
+            Piece(part.stored.parts[name], part.starts[name], spec)
+            for part in prepared.slices.values()
+            for name, spec in part.specs.items()
+        ]
+        loaded = reader.read(self.checkpoint, pieces)
+        tensors = iter(loaded.tensors)
+        items = {
+            name: (part, {part_name: next(tensors) for part_name in part.specs})
+            for name, part in prepared.slices.items()
+        }
+        encoded = Encoded(items, loaded)
         return self.decode(encoded) if self.device.type == "cpu" else encoded
 
     def decode(self, unit: Encoded | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,23 +159,23 @@ class WeightSource:
             groups.setdefault(part.key, []).append(name)
         decoded: dict[str, Tensor] = {}
         for (fmt, is_wide), names in groups.items():
-            dtype = self._wide if is_wide else self.dtype
             items = [unit.items[name] for name in names]
-            decoded |= zip(names, _decode(fmt, items, dtype), strict=True)
+            decoded |= zip(names, self._decode(fmt, items, is_wide=is_wide), strict=True)
         return {name: _cut(part, decoded[name]) for name, (part, _) in unit.items.items()}
 
-    @property
-    def _wide(self) -> torch.dtype:
+    def _decode(
+        self, fmt: Format, items: Sequence[tuple[_Slice, Mapping[str, Tensor]]], *, is_wide: bool
+    ) -> list[Tensor]:
+        """Returns the weights, decoded in one launch."""
+        import torch
+
         from dsv3_tools.model.numerics import wide
 
-        return wide(self.dtype)
-
-    def _read(self, part: _Slice, reader: Reader) -> tuple[_Slice, Mapping[str, Tensor]]:
-        tensors = {
-            name: reader.read(self.checkpoint, part.stored.parts[name], part.starts[name], spec)
-            for name, spec in part.specs.items()
-        }
-        return part, tensors
+        if is_wide:
+            return _decode(fmt, items, wide(self.dtype))
+        if self._through_bf16:
+            return [weight.to(self.dtype) for weight in _decode(fmt, items, torch.bfloat16)]
+        return _decode(fmt, items, self.dtype)
 
     def _slice(self, wanted: Wanted) -> _Slice:
         """Returns what to read for a weight.
@@ -198,7 +229,7 @@ def _places(
 def _decode(
     fmt: Format, items: Sequence[tuple[_Slice, Mapping[str, Tensor]]], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Returns the weights, decoded in one launch; a dense one of the right type is itself the weight."""
+    """Returns the weights in `dtype`; a dense one of that type is itself the weight."""
     import torch
 
     if isinstance(fmt, Dense):

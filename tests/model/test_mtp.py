@@ -90,10 +90,10 @@ def test_negative_control(converted, tokens, theirs, tmp_path: Path, name: str) 
 def test_negative_control_the_norm_before_the_head_is_left_out(
     converted, tokens, theirs, monkeypatch
 ) -> None:
-    from dsv3_tools.model.mtp import Mtp
+    from dsv3_tools.model import mtp
 
-    real = Mtp._join_unit
-    monkeypatch.setattr(Mtp, "_join_unit", lambda self: real(self) | {"norm": real(self)["enorm"]})
+    real = mtp.mtp_unit
+    monkeypatch.setattr(mtp, "Wanted", lambda name, **_: real(5)["enorm"])
     assert distance(ours(converted, tokens), theirs) > 1e-2
 
 

@@ -29,9 +29,9 @@ def work(ranks: RankGroup, device: str, report, directories, tokens: torch.Tenso
             model = Transformer(checkpoint, device=device, ranks=ranks)
             load = model._source.load
 
-            def noted(unit, reader, load=load, read=read):
-                read.extend(wanted.name for wanted in unit.values())
-                return load(unit, reader)
+            def noted(prepared, reader, load=load, read=read):
+                read.extend(part.wanted.name for part in prepared.slices.values())
+                return load(prepared, reader)
 
             model._source.load = noted
             results.append(run_both(model, tokens))

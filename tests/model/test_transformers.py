@@ -15,6 +15,7 @@ from dsv3_tools import Checkpoint
 from dsv3_tools.model import layer as layer_module
 from dsv3_tools.model import moe
 from dsv3_tools.model.moe import Routes
+from dsv3_tools.model.rope import Ropes
 from dsv3_tools.model.transformer import Transformer
 from tests.model.models import CONFIGS, bound, check_within, distance, make, ours, run, some_tokens, theirs
 
@@ -67,13 +68,15 @@ def test_negative_control_settings(right, name: str) -> None:
     with Checkpoint(directory) as checkpoint:
         model = Transformer(checkpoint)
         assert distance(run(model, tokens), expected) <= allowed
+        model = Transformer(checkpoint)
         model.settings = WRONG[name](model.settings)
+        model._ropes = Ropes(model.settings, model.device)
         assert distance(run(model, tokens), expected) > 20 * allowed
 
 
-def _bias_in_weights(x_TD, weight_ED, bias_E, settings):  # noqa: N803
-    indices, _ = moe.route(x_TD, weight_ED, bias_E, settings)
-    weights = ((x_TD @ weight_ED.T).sigmoid() + bias_E).gather(1, indices)
+def _bias_in_weights(scores, settings):
+    indices, _ = moe.route(scores, settings)
+    weights = scores.choice.gather(1, indices)
     return Routes(indices, weights / weights.sum(1, keepdim=True) * settings.routed_scaling_factor)
 
 
