@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dsv3_tools.verify.check import CheckReport, check
     from dsv3_tools.verify.inspection import Inspection, inspect
     from dsv3_tools.verify.integrity import IntegrityReport, verify_integrity
+    from dsv3_tools.verify.logits import verify_logits
+    from dsv3_tools.verify.logits_results import LogitsReport
     from dsv3_tools.verify.structure import StructureReport, verify_structure
     from dsv3_tools.verify.tensors import TensorReport, verify_tensors
 
@@ -41,6 +43,7 @@ __all__ = [
     "Dsv3Error",
     "Inspection",
     "IntegrityReport",
+    "LogitsReport",
     "Plan",
     "Progress",
     "Ranks",
@@ -61,6 +64,7 @@ __all__ = [
     "quantize_int8",
     "sample",
     "verify_integrity",
+    "verify_logits",
     "verify_structure",
     "verify_tensors",
 ]
@@ -71,6 +75,7 @@ _HOMES = {
     "Dsv3Error": "dsv3_tools.errors",
     "Inspection": "dsv3_tools.verify.inspection",
     "IntegrityReport": "dsv3_tools.verify.integrity",
+    "LogitsReport": "dsv3_tools.verify.logits_results",
     "Plan": "dsv3_tools.conversion.plan",
     "Progress": "dsv3_tools.conversion.progress",
     "Ranks": "dsv3_tools.conversion.ranks",
@@ -90,6 +95,7 @@ _HOMES = {
     "quantize_int8": "dsv3_tools.conversion.api_quantize",
     "sample": "dsv3_tools.conversion.sample",
     "verify_integrity": "dsv3_tools.verify.integrity",
+    "verify_logits": "dsv3_tools.verify.logits",
     "verify_structure": "dsv3_tools.verify.structure",
     "verify_tensors": "dsv3_tools.verify.tensors",
 }

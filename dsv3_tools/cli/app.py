@@ -96,6 +96,9 @@ convert.add_command(
 )
 quantize.add_command(_Deferred("int8", "dsv3_tools.cli.quantize", "Every linear, by rows or by blocks."))
 quantize.add_command(_Deferred("int4", "dsv3_tools.cli.quantize", "Routed experts, in groups of a row."))
+verify.add_command(
+    _Deferred("logits", "dsv3_tools.cli.verify_logits", "What two checkpoints predict, layer by layer.")
+)
 verify.add_command(_Deferred("integrity", "dsv3_tools.cli.verify", "Hashes and structure of every file."))
 verify.add_command(_Deferred("structure", "dsv3_tools.cli.verify", "Complete, and sound in itself."))
 verify.add_command(_Deferred("tensors", "dsv3_tools.cli.verify", "Every tensor against another checkpoint."))

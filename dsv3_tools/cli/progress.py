@@ -22,22 +22,28 @@ _BAR_SECONDS = 0.1
 
 
 @contextmanager
-def shown_progress(what: str, *, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
-    """Yields the function that a run calls with its progress; `quiet` shows nothing."""
+def shown_progress(
+    what: str, *, pieces: str = "shards", quiet: bool = False
+) -> Iterator[Callable[[Progress], None]]:
+    """Yields the function that a run calls with its progress; `quiet` shows nothing.
+
+    `pieces` are what the run counts besides bytes.
+    """
     if quiet:
         yield lambda _: None
     elif sys.stderr.isatty():
-        with _bar(what) as update:
+        with _bar(what, pieces) as update:
             yield update
     else:
-        yield _Lines(what)
+        yield _Lines(what, pieces)
 
 
 class _Lines:
     """A line a minute, for logs."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, pieces: str) -> None:
         self._what = what
+        self._pieces = pieces
         self._began = self._printed = time.monotonic()
         self._lock = threading.Lock()
 
@@ -51,13 +57,13 @@ class _Lines:
         left = (progress.nbytes_total - progress.nbytes_done) / rate / 60
         print_note(
             f"{self._what}: {size(progress.nbytes_done)} of {size(progress.nbytes_total)}, "
-            f"{progress.shards_done} of {progress.shards_total} shards, {size(rate)}/s, "
+            f"{progress.shards_done} of {progress.shards_total} {self._pieces}, {size(rate)}/s, "
             f"{left:.0f} minutes left"
         )
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
+def _bar(what: str, pieces: str) -> Iterator[Callable[[Progress], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -74,7 +80,7 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[shards]} shards", markup=False),
+        TextColumn("{task.fields[shards]} " + pieces, markup=False),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, shards="")

@@ -7,20 +7,18 @@ from typing import Any
 
 import rich_click as click
 
+from dsv3_tools.cli.findings import finish, print_findings, verdict
 from dsv3_tools.cli.options import debug_option, directory_argument, json_option
 from dsv3_tools.cli.output import as_json as jsonable
-from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
+from dsv3_tools.cli.output import print_json, print_line, print_table, size
 from dsv3_tools.cli.progress import shown_progress
 from dsv3_tools.cli.signals import stop_on_signals
-from dsv3_tools.errors import VerificationFailed
 from dsv3_tools.verify.integrity import verify_integrity
 from dsv3_tools.verify.results import FormatResult, TensorResult
 from dsv3_tools.verify.structure import verify_structure
 from dsv3_tools.verify.tensors import TensorReport, verify_tensors
 
 __all__ = ["integrity", "structure", "tensors"]
-
-_MAX_PROBLEMS = 20
 
 
 @click.command("integrity")
@@ -46,15 +44,15 @@ def integrity(ctx: click.Context, directory: Path, *, workers: int | None, as_js
     else:
         for problem in report.problems:
             print_line(f"  {problem}")
-        verdict = "ok" if report.passed else "FAILED"
+        answer = verdict(report.problems)
         checked = (
             f"{report.files_hashed} files, {size(report.nbytes_hashed)}, against the {report.hashes_from}"
         )
         if report.hashes_from is None:
-            verdict = "structure ok, data not checked" if report.passed else verdict
+            answer = "structure ok, data not checked" if report.passed else answer
             checked = "index against headers; there is no manifest to compare the data with"
-        print_line(f"{verdict}: {directory}: {checked}")
-    _finish(ctx, str(directory), report.problems, as_json=as_json)
+        print_line(f"{answer}: {directory}: {checked}")
+    finish(ctx, str(directory), report.problems, as_json=as_json)
 
 
 @click.command("structure")
@@ -87,9 +85,9 @@ def structure(ctx: click.Context, directory: Path, *, data: bool, workers: int |
         print_json(jsonable(report) | {"passed": report.passed})
     else:
         read = f"{size(report.nbytes)} read" if data else "headers alone"
-        print_line(f"{_verdict(report.problems)}: {directory}: {report.num_tensors:,} tensors, {read}")
-        _print_findings(report.problems, report.notes)
-    _finish(ctx, str(directory), report.problems, as_json=as_json)
+        print_line(f"{verdict(report.problems)}: {directory}: {report.num_tensors:,} tensors, {read}")
+        print_findings(report.problems, report.notes)
+    finish(ctx, str(directory), report.problems, as_json=as_json)
 
 
 class _Sample(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
@@ -147,20 +145,20 @@ def tensors(
         print_json(document | {"passed": report.passed})
     else:
         _print_tensors(report)
-    _finish(ctx, str(candidate), report.problems, as_json=as_json)
+    finish(ctx, str(candidate), report.problems, as_json=as_json)
 
 
 def _print_tensors(report: TensorReport) -> None:
     compared = f"{report.num_compared:,} parameters, {size(report.nbytes)}"
     if report.sample is not None:
         compared = f"a sample, {report.sample}, {size(report.nbytes)}"
-    print_line(f"{_verdict(report.problems)}: {report.candidate} against {report.reference}: {compared}")
+    print_line(f"{verdict(report.problems)}: {report.candidate} against {report.reference}: {compared}")
     heads = ("reference", "candidate", "weights", "equal", "least SNR", "median SNR", "failed")
     print_table([heads, *map(_row, report.formats)])
     if report.worst:
         print_line("  worst:")
         print_table([_worst_row(result) for result in report.worst], indent="    ")
-    _print_findings(report.problems, report.notes)
+    print_findings(report.problems, report.notes)
 
 
 def _row(found: FormatResult) -> tuple[str, ...]:
@@ -189,28 +187,3 @@ def _share(share: float) -> str:
 
 def _decibels(snr: float | None) -> str:
     return "no error" if snr is None else f"{snr:.1f} dB"
-
-
-def _verdict(problems: tuple[str, ...]) -> str:
-    return "FAILED" if problems else "ok"
-
-
-def _print_findings(problems: tuple[str, ...], notes: tuple[str, ...]) -> None:
-    for problem in problems[:_MAX_PROBLEMS]:
-        print_line(f"  wrong: {problem}")
-    if len(problems) > _MAX_PROBLEMS:
-        print_line(f"  and {len(problems) - _MAX_PROBLEMS:,} more problems; --json has them all")
-    for note in notes:
-        print_line(f"  note: {note}")
-
-
-def _finish(ctx: click.Context, what: str, problems: tuple[str, ...], *, as_json: bool) -> None:
-    """Ends a check that has been printed, with exit code 4 if there are problems."""
-    if not problems:
-        return
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems, the first"
-    message = f"{what}: {count}: {problems[0]}"
-    if as_json:  # the one document is out; an exception would print another
-        print_note(f"dsv3: {message}")
-        ctx.exit(VerificationFailed.exit_code)
-    raise VerificationFailed(message)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 
@@ -43,8 +44,9 @@ COMMANDS: dict[str, list[str]] = {
     "verify integrity": ["verify", "integrity", "BAD"],
     "verify structure": ["verify", "structure", "BAD"],
     "verify tensors": ["verify", "tensors", "BF16", "BAD"],
+    "verify logits": ["verify", "logits", "BF16", "BAD", "--tokens", "TOKENS", "--no-baseline"],
 }
-ANSWERING = ("verify integrity", "verify structure", "verify tensors")
+ANSWERING = ("verify integrity", "verify structure", "verify tensors", "verify logits")
 """Commands that may say that a checkpoint is wrong, instead of that they cannot read it."""
 
 
@@ -65,7 +67,9 @@ def pristine_bf16(pristine: Path) -> Path:
 
 
 def command_line(command: str, bad: Path, bf16: Path, out: Path) -> list[str]:
-    places = {"BAD": str(bad), "BF16": str(bf16), "OUT": str(out)}
+    tokens = bf16.with_name("tokens.npy")
+    np.save(tokens, np.arange(8))
+    places = {"BAD": str(bad), "BF16": str(bf16), "OUT": str(out), "TOKENS": str(tokens)}
     return [places.get(word, word) for word in COMMANDS[command]]
 
 

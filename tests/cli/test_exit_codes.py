@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from dsv3_tools import errors
@@ -92,6 +93,10 @@ class Places:
         shard.write_bytes(data)
         return copy
 
+    def tokens(self) -> Path:
+        np.save(self._folder / "tokens.npy", np.arange(12))
+        return self._folder / "tokens.npy"
+
     def _copy(self, source: Path) -> Path:
         return Path(shutil.copytree(source, self._folder / "copy"))
 
@@ -139,6 +144,15 @@ FAULTS: dict[str, tuple[int, str]] = {
     "tensors of nothing": (3, "verify tensors @fp8 @new"),
     "tensors of garbage": (3, "verify tensors @garbage @fp8"),
     "structure of nothing": (3, "verify structure @new"),
+    "logits of nothing": (3, "verify logits @fp8 @new --tokens @tokens"),
+    "logits of garbage": (3, "verify logits @garbage @fp8 --tokens @tokens"),
+    "logits without a tokenizer": (3, "verify logits @fp8 @bf16"),
+    "logits of no tokens": (3, "verify logits @fp8 @bf16 --tokens @new/tokens.npy"),
+    "logits of some file": (2, "verify logits @fp8 @bf16 --tokens @fp8/config.json"),
+    "tokens and text": (2, "verify logits @fp8 @bf16 --tokens @tokens --text @tokens"),
+    "an impossible limit": (2, "verify logits @fp8 @bf16 --tokens @tokens --min-top1 99"),
+    "logits on a TPU": (2, "verify logits @fp8 @bf16 --tokens @tokens --device tpu"),
+    "a report nowhere": (5, "verify logits @fp8 @bf16 --tokens @tokens --report @new/page.html"),
     "half a weight": (2, "verify tensors @fp8 @bf16 --sample 1.5"),
     "a sample of words": (2, "verify tensors @fp8 @bf16 --sample some"),
     "exact, but not quite": (2, "verify tensors @fp8 @bf16 --exact --min-snr 3"),
@@ -147,6 +161,7 @@ FAULTS: dict[str, tuple[int, str]] = {
     "structure without scales": (4, "verify structure @unscaled --no-data"),
     "another weight": (4, "verify tensors @fp8 @flipped"),
     "tensors without scales": (4, "verify tensors @fp8 @unscaled"),
+    "other logits": (4, "verify logits @fp8 @flipped --tokens @tokens"),
     "engine refuses": (4, "check @unscaled --engine vllm"),
     "flipped bit": (4, "verify integrity @flipped"),
     "not empty": (5, "convert fp8-to-bf16 @fp8 @full"),

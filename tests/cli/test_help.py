@@ -25,6 +25,7 @@ COMMANDS = {
     "quantize int4": ("quantize", "int4"),
     "convert to-deepseek-infer": ("convert", "to-deepseek-infer"),
     "verify integrity": ("verify", "integrity"),
+    "verify logits": ("verify", "logits"),
     "verify structure": ("verify", "structure"),
     "verify tensors": ("verify", "tensors"),
 }
@@ -115,7 +116,7 @@ def test_the_examples_run(dsv3, miniature: Path, tmp_path: Path) -> None:
     """In the order in which one leaves what the next one reads."""
     writing = ("convert fp8-to-bf16", "verify integrity", "convert bf16-to-fp8", "convert to-deepseek-infer")
     integers = ("quantize int8", "quantize int4", "convert int8-to-bf16", "convert int4-to-bf16")
-    verifying = ("verify structure", "verify tensors")
+    verifying = ("verify structure", "verify tensors", "verify logits")
     assert {"sample", "inspect", "check", *writing, *integers, *verifying} == COMMANDS.keys()
     for name in ("sample", "inspect", "check", *writing, *integers, *verifying):
         for example in examples(name):
@@ -123,7 +124,7 @@ def test_the_examples_run(dsv3, miniature: Path, tmp_path: Path) -> None:
             outcome = dsv3(*shlex.split(line.replace("miniature/checkpoint", str(miniature))))
             assert (outcome.code, outcome.err) == (0, ""), example
     made = {"mini-bf16", "mini-fp8", "mini-infer-mp4", "v3-headers"}
-    made |= {"mini-W8A8", "mini-W8A8-bf16", "mini-W4A16", "mini-W4A16-bf16"}
+    made |= {"mini-W8A8", "mini-W8A8-bf16", "mini-W4A16", "mini-W4A16-bf16", "report.html"}
     assert made == {path.name for path in tmp_path.iterdir()}
 
 
@@ -148,7 +149,7 @@ def test_completion_scripts(dsv3_process, shell: str) -> None:
     [
         (["dsv3", ""], {"check", "convert", "inspect", "quantize", "sample", "verify"}),
         (["dsv3", "convert", "f"], {"fp8-to-bf16"}),
-        (["dsv3", "verify", ""], {"integrity", "structure", "tensors"}),
+        (["dsv3", "verify", ""], {"integrity", "logits", "structure", "tensors"}),
         (["dsv3", "convert", "bf16-to-fp8", "--s"], {"--scale-fmt"}),
         (["dsv3", "convert", "fp8-to-bf16", "--d"], {"--device", "--dry-run", "--debug"}),
         (["dsv3", "convert", "fp8-to-bf16", "--nonfinite", ""], {"error", "keep"}),

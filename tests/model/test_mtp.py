@@ -93,7 +93,7 @@ def test_negative_control_the_norm_before_the_head_is_left_out(
     from dsv3_tools.model import mtp
 
     real = mtp.mtp_unit
-    monkeypatch.setattr(mtp, "Wanted", lambda name, **_: real(5)["enorm"])
+    monkeypatch.setattr(mtp, "Wanted", lambda _, **__: real(5)["enorm"])
     assert distance(ours(converted, tokens), theirs) > 1e-2
 
 

@@ -1,0 +1,229 @@
+"""Do two checkpoints predict the same? Both run over the same tokens in lockstep, their logits compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.names import parse_name
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.devices import resolve_devices
+from dsv3_tools.conversion.progress import Meter, Progress, Stop
+from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.errors import UsageError, VerificationFailed
+from dsv3_tools.formats.stored import find_weights, read_formats
+from dsv3_tools.model.launch import run_ranks
+from dsv3_tools.model.parallel import RankGroup
+from dsv3_tools.model.settings import Settings
+from dsv3_tools.model.tokens import read_tokens
+from dsv3_tools.verify.expectations import label
+from dsv3_tools.verify.logits_limits import choose_preset, missed, places, with_limits
+from dsv3_tools.verify.logits_results import Divergence, LogitsReport
+from dsv3_tools.verify.logits_run import Findings, HeadFindings, Request, compare_models
+from dsv3_tools.verify.logits_summary import heat_map, worst_tokens
+from dsv3_tools.verify.metrics import COLUMNS, divergence, histogram, perplexity
+
+__all__ = ["verify_logits"]
+
+_DTYPES = ("F32", "BF16")
+
+
+def verify_logits(
+    reference: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    *,
+    tokens: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    length: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    baseline: bool = True,
+    preset: str | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: Stop | None = None,
+    **limits: float | None,
+) -> LogitsReport:
+    """Runs two checkpoints over the same tokens and compares what they predict.
+
+    Both may be in any format; weights are decoded to BF16, so that a checkpoint and its conversion to BF16
+    give the same logits bit for bit. Weights are read one layer at a time, and once.
+
+    Example:
+        >>> model = "miniature/checkpoint"
+        >>> report = verify_logits(model, model, device="cpu", length=64, max_tokens=128)
+        >>> report.passed, report.runs["free"].kl
+        (True, 0.0)
+
+    Args:
+        reference: the checkpoint that is right.
+        candidate: the one that is to be the same model.
+        tokens: `.npy` or `.safetensors` file of token ids, `[tokens]` or `[sequences, tokens]`.
+        text: UTF-8 file, for the reference's tokenizer; without either, a text that comes along.
+        length: tokens of a sequence; None is 512, or whole rows of `tokens`.
+        max_tokens: of all sequences; None is all that there are.
+        device: "auto", "cpu", "cuda", or "cuda:0,1"; several are ranks that share heads and experts.
+        dtype: type of arithmetic, "F32" or "BF16"; None is BF16 on GPUs and F32 on a CPU.
+        baseline: run the reference in the other type, too: what rounding alone does.
+        preset: limits by kind of conversion, see `PRESETS`; None goes by the formats.
+        on_progress: called after every layer.
+        stop: lets a signal handler end it.
+        limits: `max_kl=`, `min_top1=` and whatever else `Thresholds` has, in place of the preset's.
+
+    Returns:
+        The findings; limits that were missed are findings, not exceptions.
+
+    Raises:
+        UsageError: options that contradict each other or make no sense.
+        CheckpointError: not a checkpoint of the family, or tokens that the model does not have.
+        VerificationFailed: the two have different dimensions.
+    """
+    began = time.monotonic()
+    stop = stop or Stop()
+    with Checkpoint(reference) as ours, Checkpoint(candidate) as theirs:
+        formats = _formats(ours), _formats(theirs)
+        thresholds = with_limits(preset or choose_preset(*formats), limits)
+        differences = _compare_settings(ours, theirs)
+        given = read_tokens(
+            ours.directory,
+            tokens=None if tokens is None else Path(tokens),
+            text=None if text is None else Path(text),
+            length=length,
+            max_tokens=max_tokens,
+            vocab_size=ours.config.vocab_size,
+        )
+        layer_nbytes = _layer_nbytes(ours, theirs)
+    devices = resolve_devices(device, Ranks.join())
+    dtype = dtype or ("F32" if devices[0] == "cpu" else "BF16")
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected F32 or BF16")
+    request = Request(ours.directory, theirs.directory, given.batch_BL, dtype, baseline)
+    meter = Meter(sum(layer_nbytes.values()), len(layer_nbytes), on_progress)
+
+    def report_layer(number: object) -> None:
+        assert isinstance(number, int)
+        meter.add(layer_nbytes.get(number, 0), shards=1)
+
+    found = _run(devices, request, report_layer, stop)
+    runs = _divergences(found.main)
+    reference_perplexity = _perplexity(found.main)
+    ends = {"embedding": found.embedding, "head": found.main.error}
+    return LogitsReport(
+        reference=ours.directory,
+        candidate=theirs.directory,
+        tokens=given.source,
+        num_sequences=given.batch_BL.shape[0],
+        length=given.batch_BL.shape[1],
+        devices=tuple(devices),
+        dtype=dtype,
+        formats=formats,
+        perplexity=reference_perplexity,
+        runs=runs,
+        mtp=tuple(_divergences(head) for head in found.mtp),
+        layers=tuple(found.layers),
+        worst=worst_tokens(found.main, given),
+        histogram=histogram({run: table[:, COLUMNS.index("kl")] for run, table in found.main.tables.items()}),
+        heat=heat_map(found.errors),
+        thresholds=thresholds,
+        problems=(
+            *differences,
+            *places(thresholds, found.layers, **ends),
+            *missed(thresholds, runs, reference_perplexity),
+        ),
+        notes=tuple(_notes(found)),
+        seconds=time.monotonic() - began,
+        nbytes=sum(layer_nbytes.values()),
+        **ends,
+    )
+
+
+def _compare_settings(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
+    """Returns what the two `config.json` say differently about the forward pass.
+
+    Raises:
+        VerificationFailed: a dimension differs, so that hidden states cannot be compared.
+    """
+    one, other = (Settings.from_json(c.config_json, str(c.directory / CONFIG_NAME)) for c in (ours, theirs))
+    dims = [
+        f"{name} is {theirs_value}, the reference has {ours_value}"
+        for name, ours_value, theirs_value in _differing(one.dims, other.dims)
+        if name not in _MAY_DIFFER
+    ]
+    if dims:
+        raise VerificationFailed(
+            f"{theirs.directory / CONFIG_NAME}: another architecture than {ours.directory}: {'; '.join(dims)}"
+        )
+    return tuple(
+        f"{CONFIG_NAME}: {name} is {theirs_value}, the reference has {ours_value}"
+        for name, ours_value, theirs_value in _differing(one, other)
+        if name != "dims"
+    )
+
+
+_MAY_DIFFER = {"model_type", "num_nextn_predict_layers", "tie_word_embeddings"}
+
+
+def _differing(one: object, other: object) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the fields in which two dataclasses differ, with both values."""
+    for field in dataclasses.fields(one):  # type: ignore[arg-type]
+        values = getattr(one, field.name), getattr(other, field.name)
+        if values[0] != values[1]:
+            yield field.name, *values
+
+
+def _formats(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the formats of a checkpoint's weights, the one with most weights first."""
+    formats = read_formats(checkpoint.config_json, str(checkpoint.directory / CONFIG_NAME))
+    found = find_weights(checkpoint.specs, formats).weights
+    return tuple(name for name, _ in Counter(label(weight.format) for weight in found).most_common())
+
+
+def _layer_nbytes(*checkpoints: Checkpoint) -> dict[int, int]:
+    """Returns the bytes of the layers that both have, of both together."""
+    nbytes: dict[int, int] = {}
+    numbers = []
+    for checkpoint in checkpoints:
+        own = set()
+        for name, spec in checkpoint.specs.items():
+            parsed = parse_name(name)
+            if parsed is not None and parsed.layer is not None:
+                own.add(parsed.layer)
+                nbytes[parsed.layer] = nbytes.get(parsed.layer, 0) + spec.nbytes
+        numbers.append(own)
+    return {number: nbytes[number] for number in sorted(set.intersection(*numbers))}
+
+
+def _notes(found: Findings) -> Iterator[str]:
+    """Yields what is left out."""
+    ours, theirs = found.mtp_layers
+    if ours != theirs:
+        yield f"MTP layers: the reference has {ours}, the candidate {theirs}; {len(found.mtp)} were compared"
+
+
+def _run(devices: Sequence[str], request: Request, report: Callable[[object], None], stop: Stop) -> Findings:
+    """Compares the models on one device here, or in a process for each device."""
+    import torch
+
+    def checked(number: object) -> None:
+        stop.check()
+        report(number)
+
+    if len(devices) == 1:
+        return compare_models(RankGroup.join(torch.device(devices[0])), devices[0], checked, request)
+    findings: Findings = run_ranks(compare_models, devices, request, on_report=report, check=stop.check)
+    return findings
+
+
+def _perplexity(head: HeadFindings) -> float:
+    return perplexity(head.loss_T, int((head.targets_T >= 0).sum()))
+
+
+def _divergences(head: HeadFindings) -> dict[str, Divergence]:
+    num_targets = int((head.targets_T >= 0).sum())
+    return {run: divergence(table, num_targets) for run, table in head.tables.items()}
