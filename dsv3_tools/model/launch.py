@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import tempfile
 import traceback
@@ -97,7 +98,7 @@ def _collect(
             assert isinstance(end, connection.Connection)
             rank = open_ends[end]
             try:
-                kind, value = end.recv()
+                kind, value = pickle.loads(end.recv_bytes())
             except EOFError:
                 raise Dsv3Error(f"rank {rank} ended without a result (killed, or out of memory)") from None
             if kind == "report" and on_report is not None:
@@ -138,13 +139,18 @@ def _run_rank(
             timeout=PATIENCE,
         )
         ranks = RankGroup(rank, len(devices))
-        value = work(ranks, devices[rank], lambda report: end.send(("report", report)), *args)
-        end.send(("result", value if rank == 0 else None))
+        value = work(ranks, devices[rank], lambda report: _send(end, "report", report), *args)
+        _send(end, "result", value if rank == 0 else None)
         distributed.destroy_process_group()
     except Dsv3Error as error:
-        end.send(("error", (error.exit_code, str(error))))
+        _send(end, "error", (error.exit_code, str(error)))
     except BaseException:
-        end.send(("error", (Dsv3Error.exit_code, traceback.format_exc())))
+        _send(end, "error", (Dsv3Error.exit_code, traceback.format_exc()))
+
+
+def _send(end: connection.Connection, kind: str, value: object) -> None:
+    """Sends a copy home; torch's own pickling leaves tensors with the sender, who may be gone by then."""
+    end.send_bytes(pickle.dumps((kind, value)))
 
 
 def _from_rank(rank: int, exit_code: int, message: str) -> Dsv3Error:

@@ -99,7 +99,8 @@ def verify_logits(
             vocab_size=ours.config.vocab_size,
         )
         layer_nbytes = _layer_nbytes(ours, theirs)
-    devices = resolve_devices(device, Ranks.join())
+    ranks = Ranks.join()
+    devices = resolve_devices(device, ranks)
     dtype = dtype or ("F32" if devices[0] == "cpu" else "BF16")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: expected F32 or BF16")
@@ -120,7 +121,7 @@ def verify_logits(
         tokens=given.source,
         num_sequences=given.batch_BL.shape[0],
         length=given.batch_BL.shape[1],
-        devices=tuple(devices),
+        devices=tuple(devices * ranks.world_size),
         dtype=dtype,
         formats=formats,
         perplexity=reference_perplexity,

@@ -197,3 +197,21 @@ def test_torchrun(models: list[Path], tmp_path: Path) -> None:
         for _, layer in model.layers():
             hidden, _ = layer.forward(hidden)
     assert torch.allclose(ranks[0], hidden, atol=1e-4)
+
+
+def give_tensors(ranks: RankGroup, device: str, report) -> list[torch.Tensor]:
+    report(torch.full((100,), float(ranks.rank)))
+    return [torch.arange(1000) + ranks.rank]
+
+
+def test_tensors_arrive_from_ranks_that_have_ended() -> None:
+    """A caller who is busy with a report takes the results when their senders are gone."""
+    reports = []
+
+    def slowly(report) -> None:
+        reports.append(float(report.mean()))
+        time.sleep(2)
+
+    (found,) = run_ranks(give_tensors, ["cpu", "cpu"], on_report=slowly)
+    assert torch.equal(found, torch.arange(1000))
+    assert sorted(reports) == [0.0, 1.0]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,8 +207,6 @@ IN_BF16 = {
     ("stored", "name"), [*(("fp8", name) for name in IN_FP8), *(("bf16", name) for name in IN_BF16)]
 )
 def test_negative_control_names_the_place(stored, name, miniature, bf16, tokens, tmp_path: Path) -> None:
-    import re
-
     change, place = (IN_FP8 if stored == "fp8" else IN_BF16)[name]
     wrong = edited(miniature if stored == "fp8" else bf16, tmp_path / "wrong", change)
     report = compare(miniature, wrong, tokens)
@@ -306,3 +308,26 @@ def test_a_missing_weight(bf16: Path, tokens: Path, tmp_path: Path) -> None:
     wrong = edited(bf16, tmp_path / "wrong", drop)
     with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.o_proj"):
         compare(bf16, wrong, tokens)
+
+
+def test_under_torchrun(bf16: Path, quantized, tokens: Path, tmp_path: Path) -> None:
+    """The first process speaks for all."""
+    script = tmp_path / "script.py"
+    script.write_text("from dsv3_tools.cli import main\nmain()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
+    models = [str(bf16), str(quantized["int4"])]
+    options = ["--tokens", str(tokens), "--max-tokens", "256", "--no-baseline", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    run = subprocess.run(
+        [*command, "verify", "logits", *models, *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    alone = compare(bf16, quantized["int4"], tokens, max_tokens=256)
+    assert document["devices"] == ["cpu", "cpu"]
+    assert document["runs"]["replayed"]["kl"] == pytest.approx(alone.runs["replayed"].kl, rel=1e-3)
