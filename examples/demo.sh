@@ -14,4 +14,5 @@ say dsv3 convert bf16-to-fp8 "$out/bf16" "$out/fp8" --like miniature/checkpoint 
 say dsv3 quantize int4 miniature/checkpoint "$out/int4" --device cpu
 say dsv3 check "$out/int4"
 say dsv3 verify tensors miniature/checkpoint "$out/int4"
+say dsv3 verify logits miniature/checkpoint "$out/int4" --max-tokens 2048
 say python examples/same_bytes.py miniature/checkpoint "$out/fp8"
