@@ -20,6 +20,7 @@ from dsv3_tools.cli import inspect as inspect_command
 from dsv3_tools.cli import quantize as quantize_commands
 from dsv3_tools.cli import sample as sample_command
 from dsv3_tools.cli import verify as verify_commands
+from dsv3_tools.cli import verify_logits as verify_logits_command
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Progress, Stop
 
@@ -37,11 +38,12 @@ COMMANDS: dict[str, click.Command] = {
     "quantize_int8": quantize_commands.int8,
     "sample": sample_command.sample,
     "verify_integrity": verify_commands.integrity,
+    "verify_logits": verify_logits_command.logits,
     "verify_structure": verify_commands.structure,
     "verify_tensors": verify_commands.tensors,
 }
-ONLY_COMMANDS = {"as_json", "dry_run", "debug"}
-"""How a command prints, and previews; a function returns and calls back instead."""
+ONLY_COMMANDS = {"as_json", "dry_run", "debug", "report"}
+"""How a command prints, reports, and previews; a function returns and calls back instead."""
 ONLY_FUNCTIONS = {"on_plan", "on_progress", "stop", "ranks", "overrides"}
 
 

@@ -46,9 +46,17 @@ def verify_logits(
     dtype: str | None = None,
     baseline: bool = True,
     preset: str | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    min_top5: float | None = None,
+    max_logit_error: float | None = None,
+    max_free_kl: float | None = None,
+    max_perplexity_rise: float | None = None,
+    max_block_error: float | None = None,
+    max_expert_error: float | None = None,
+    max_router_error: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
-    **limits: float | None,
 ) -> LogitsReport:
     """Runs two checkpoints over the same tokens and compares what they predict.
 
@@ -72,9 +80,17 @@ def verify_logits(
         dtype: type of arithmetic, "F32" or "BF16"; None is BF16 on GPUs and F32 on a CPU.
         baseline: run the reference in the other type, too: what rounding alone does.
         preset: limits by kind of conversion, see `PRESETS`; None goes by the formats.
+        max_kl: and the following, in place of the preset's limits: see `Thresholds`.
+        min_top1: as there.
+        min_top5: as there.
+        max_logit_error: as there.
+        max_free_kl: as there.
+        max_perplexity_rise: as there.
+        max_block_error: as there.
+        max_expert_error: as there.
+        max_router_error: as there.
         on_progress: called after every layer.
         stop: lets a signal handler end it.
-        limits: `max_kl=`, `min_top1=` and whatever else `Thresholds` has, in place of the preset's.
 
     Returns:
         The findings; limits that were missed are findings, not exceptions.
@@ -86,6 +102,17 @@ def verify_logits(
     """
     began = time.monotonic()
     stop = stop or Stop()
+    limits = {
+        "max_kl": max_kl,
+        "min_top1": min_top1,
+        "min_top5": min_top5,
+        "max_logit_error": max_logit_error,
+        "max_free_kl": max_free_kl,
+        "max_perplexity_rise": max_perplexity_rise,
+        "max_block_error": max_block_error,
+        "max_expert_error": max_expert_error,
+        "max_router_error": max_router_error,
+    }
     with Checkpoint(reference) as ours, Checkpoint(candidate) as theirs:
         formats = _formats(ours), _formats(theirs)
         thresholds = with_limits(preset or choose_preset(*formats), limits)

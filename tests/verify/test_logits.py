@@ -291,7 +291,6 @@ def test_text(miniature: Path, tmp_path: Path) -> None:
         ({"max_kl": -1.0}, "--max-kl: got -1, expected a number from 0"),
         ({"min_top1": 99.0}, "--min-top1: got 99, expected a number from 0 to 1"),
         ({"max_kl": float("nan")}, "--max-kl: got nan"),
-        ({"min_cosine": 1.0}, "limit min_cosine: expected one of max_kl"),
         ({"dtype": "F16"}, "--dtype F16: expected F32 or BF16"),
         ({"text": Path("a.txt")}, "got both, expected one of them"),
     ],
