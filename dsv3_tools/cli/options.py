@@ -18,6 +18,7 @@ __all__ = [
     "json_option",
     "run_options",
     "selecting_options",
+    "shared_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,6 +91,15 @@ def selecting_options(function: F) -> F:
     return function
 
 
+def shared_option(function: F) -> F:
+    """Adds the option for what an MTP module repeats of the model."""
+    return click.option(
+        "--allow-different-shared",
+        is_flag=True,
+        help="Go on though embed_tokens or shared_head.head is not the model's, bit for bit.",
+    )(function)
+
+
 def run_options(function: F) -> F:
     """Adds the options of every command that writes a checkpoint whose shards may have any size."""
     return fixed_shards_options(
@@ -131,6 +141,37 @@ def fixed_shards_options(function: F) -> F:
         click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing."),
         json_option,
         debug_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def forward_options(function: F) -> F:
+    """Adds the options of every command that runs a model: on which tokens, where, and how."""
+    path = click.Path(dir_okay=False, path_type=Path)
+    options = [
+        click.option("--tokens", type=path, help="Token ids: .npy or .safetensors, [sequences, tokens]."),
+        click.option(
+            "--text", type=path, help="UTF-8 text, for the model's tokenizer.  [default: one comes along]"
+        ),
+        click.option(
+            "--length", type=click.IntRange(min=2), help="Tokens of a sequence.  [default: 512, or a row]"
+        ),
+        click.option(
+            "--max-tokens", type=click.IntRange(min=2), help="Tokens of all sequences.  [default: all]"
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda, or cuda:0,1; several GPUs share experts and heads.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["F32", "BF16"]),
+            help="Arithmetic; weights are BF16 in both.  [default: BF16 on GPUs, F32 on a CPU]",
+        ),
     ]
     for option in reversed(options):
         function = option(function)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import rich_click as click
 
 from dsv3_tools.cli.findings import finish, print_findings, verdict
-from dsv3_tools.cli.options import debug_option, directory_argument, json_option
+from dsv3_tools.cli.options import debug_option, directory_argument, forward_options, json_option
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_table, size
 from dsv3_tools.cli.progress import shown_progress
@@ -33,29 +33,6 @@ _MAX_LAYERS = 12
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-def _token_options(function: F) -> F:
-    """Adds the options that say what to run the models on."""
-    options = [
-        click.option("--tokens", type=_FILE, help="Token ids: .npy or .safetensors, [sequences, tokens]."),
-        click.option(
-            "--text",
-            type=_FILE,
-            help="UTF-8 text, for REFERENCE's tokenizer.  [default: one comes along]",
-        ),
-        click.option(
-            "--length",
-            type=click.IntRange(min=2),
-            help="Tokens of a sequence.  [default: 512, or a row]",
-        ),
-        click.option(
-            "--max-tokens", type=click.IntRange(min=2), help="Tokens of all sequences.  [default: all]"
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 def _limit_options(function: F) -> F:
     """Adds an option for every limit."""
     for name, line in reversed(LIMITS.items()):
@@ -71,18 +48,7 @@ def _limit_options(function: F) -> F:
 @click.command("logits")
 @directory_argument("reference")
 @directory_argument("candidate")
-@_token_options
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda, or cuda:0,1; several GPUs share experts and heads.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["F32", "BF16"]),
-    help="Arithmetic; weights are BF16 in both.  [default: BF16 on GPUs, F32 on a CPU]",
-)
+@forward_options
 @click.option(
     "--baseline/--no-baseline",
     default=True,

@@ -35,12 +35,12 @@ class Mtp:
         number: its layer number.
     """
 
-    def __init__(self, model: Transformer, index: int) -> None:
+    def __init__(self, model: Transformer, index: int, *, is_repeated: bool = False) -> None:
         self._model = model
         self.number = model.mtp_layers[index]
         self._prefix = f"model.layers.{self.number}."
-        before = f"model.layers.{self.number - 1}.shared_head.norm.weight"
-        self._input_norm = before if index else "model.norm.weight"
+        before = f"model.layers.{self.number if is_repeated else self.number - 1}.shared_head.norm.weight"
+        self._input_norm = before if index or is_repeated else "model.norm.weight"
 
     def forward(
         self, hidden_BLD: Tensor, next_BL: Tensor, *, routes: Routes | None = None

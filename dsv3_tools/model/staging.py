@@ -35,6 +35,7 @@ _ALIGNMENT = 256
 class Piece(NamedTuple):
     """A stored tensor, or the stretch of one that begins at byte `start`."""
 
+    checkpoint: Checkpoint
     name: str
     start: int
     spec: TensorSpec
@@ -61,7 +62,7 @@ class Reader(ABC):
     """Reads tensors to one device; may be used by several threads."""
 
     @abstractmethod
-    def read(self, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+    def read(self, pieces: Sequence[Piece]) -> Loaded:
         """Returns the tensors of these pieces.
 
         Raises:
@@ -72,12 +73,12 @@ class Reader(ABC):
 class CpuReader(Reader):
     """Reads straight into new tensors."""
 
-    def read(self, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+    def read(self, pieces: Sequence[Piece]) -> Loaded:
         """Returns the tensors, each in memory of its own."""
         import torch
 
         tensors = []
-        for name, start, spec in pieces:
+        for checkpoint, name, start, spec in pieces:
             flat = torch.empty(spec.nbytes, dtype=torch.uint8)
             checkpoint.read_into(name, start, flat.numpy().data)
             tensors.append(_as_tensor(flat, spec))
@@ -87,6 +88,7 @@ class CpuReader(Reader):
 class _Run(NamedTuple):
     """Contiguous bytes of a file, and their place in a unit's memory; `name` is that of the first tensor."""
 
+    checkpoint: Checkpoint
     name: str
     shard: str
     position: int
@@ -104,29 +106,29 @@ class CudaReader(Reader):
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._local = threading.local()
 
-    def read(self, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Loaded:
+    def read(self, pieces: Sequence[Piece]) -> Loaded:
         """Returns tensors in one piece of device memory, whose copies have been queued."""
         import torch
 
-        runs, places = lay_out(checkpoint, pieces)
+        runs, places = lay_out(pieces)
         nbytes = runs[-1].place + runs[-1].nbytes if runs else 0
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
             for begin in range(0, nbytes, SLAB_NBYTES):
-                self._copy(checkpoint, runs, memory[begin : begin + SLAB_NBYTES], begin)
+                self._copy(runs, memory[begin : begin + SLAB_NBYTES], begin)
             ready.record(self._stream)
         flats = (memory[at : at + p.spec.nbytes] for p, at in zip(pieces, places, strict=True))
         tensors = [_as_tensor(flat, piece.spec) for flat, piece in zip(flats, pieces, strict=True)]
         return Loaded(tensors, memory, ready)
 
-    def _copy(self, checkpoint: Checkpoint, runs: Sequence[_Run], target: Tensor, begin: int) -> None:
+    def _copy(self, runs: Sequence[_Run], target: Tensor, begin: int) -> None:
         """Fills a slab with what the unit's memory has from `begin` on, and queues its copy to `target`."""
         slab = self._next_slab()
         slab.copied.synchronize()
         for run, skipped, place, count in _within(runs, begin, begin + len(target)):
             buffer = slab.bytes[place - begin : place - begin + count]
-            checkpoint.read_file_into(run.shard, run.position + skipped, buffer, what=run.name)
+            run.checkpoint.read_file_into(run.shard, run.position + skipped, buffer, what=run.name)
         target.copy_(slab.memory[: len(target)], non_blocking=True)
         slab.copied.record(self._stream)
 
@@ -149,7 +151,7 @@ class _Slab:
         self.copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
-def lay_out(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[list[_Run], list[int]]:
+def lay_out(pieces: Sequence[Piece]) -> tuple[list[_Run], list[int]]:
     """Returns the runs that cover some pieces, and where in their common memory each piece begins.
 
     Runs begin at multiples of 256 bytes. A piece joins the run that ends where it begins, if that leaves it
@@ -157,13 +159,18 @@ def lay_out(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[list[_Run]
     """
     runs: list[_Run] = []
     places = [0] * len(pieces)
-    located = [(checkpoint.location(piece.name), piece.start, number) for number, piece in enumerate(pieces)]
-    for (shard, offset), start, number in sorted(located):
-        spec, position = pieces[number].spec, offset + start
+    located = [
+        (id(piece.checkpoint), *piece.checkpoint.location(piece.name), piece.start, number)
+        for number, piece in enumerate(pieces)
+    ]
+    for _, shard, offset, start, number in sorted(located):
+        checkpoint, name, _, spec = pieces[number]
+        position = offset + start
         last = runs[-1] if runs else None
         end = last.place + last.nbytes if last else 0
         if (
             last
+            and checkpoint is last.checkpoint
             and (shard, position) == (last.shard, last.position + last.nbytes)
             and (end * 8) % DTYPES[spec.dtype].bits == 0
         ):
@@ -171,7 +178,7 @@ def lay_out(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[list[_Run]
             runs[-1] = last._replace(nbytes=last.nbytes + spec.nbytes)
         else:
             places[number] = -(-end // _ALIGNMENT) * _ALIGNMENT
-            runs.append(_Run(pieces[number].name, shard, position, spec.nbytes, places[number]))
+            runs.append(_Run(checkpoint, name, shard, position, spec.nbytes, places[number]))
     return runs, places
 
 

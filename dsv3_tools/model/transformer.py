@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
@@ -28,6 +29,7 @@ from dsv3_tools.errors import UsageError
 from dsv3_tools.model.cores import reading_threads
 from dsv3_tools.model.head import Head
 from dsv3_tools.model.layer import Layer
+from dsv3_tools.model.module import find_module
 from dsv3_tools.model.mtp import Mtp
 from dsv3_tools.model.parallel import ALONE, RankGroup
 from dsv3_tools.model.prefetch import Order, Prefetcher
@@ -53,6 +55,7 @@ class Transformer:
         checkpoint: open; must stay so.
         device: "cpu", "cuda:0", ...: where everything is computed.
         dtype: "F32" or "BF16", of weights and hidden states ("F64" measures rounding).
+        module: a checkpoint with an MTP module, in place of what `checkpoint` may have itself.
         through_bf16: rounds decoded weights to BF16, whatever is computed in: then a quantized checkpoint and
             its conversion to BF16 are the same model, bit for bit.
         ranks: divides the work with other processes; every one of them must make the same calls, and has
@@ -74,6 +77,7 @@ class Transformer:
         self,
         checkpoint: Checkpoint,
         *,
+        module: Checkpoint | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "F32",
         through_bf16: bool = False,
@@ -92,8 +96,12 @@ class Transformer:
         self.device = torch.device(device)
         self.dtype = compute_dtype(dtype)
         self.ranks = ranks or ALONE
+        found = None if module is None else find_module(module, self.settings.dims)
+        if found is not None:
+            dims = replace(self.settings.dims, num_nextn_predict_layers=len(found.layers))
+            self.settings = replace(self.settings, dims=dims)
         self._source = WeightSource(
-            checkpoint, device=self.device, dtype=self.dtype, through_bf16=through_bf16
+            checkpoint, module=found, device=self.device, dtype=self.dtype, through_bf16=through_bf16
         )
         self._ropes = Ropes(self.settings, self.device)
         self._budget = budget or ((4 << 30) if self.device.type == "cuda" else (1 << 30))
@@ -101,7 +109,7 @@ class Transformer:
 
     @property
     def mtp_layers(self) -> range:
-        """Layer numbers of the MTP module that config.json promises and the checkpoint has."""
+        """Layer numbers of the MTP module: as many as config.json promises and are there."""
         layers = self.settings.dims.mtp_layers
         there = [n for n in layers if f"model.layers.{n}.eh_proj.weight" in self._source]
         return range(layers.start, layers.start + len(there))
@@ -139,8 +147,12 @@ class Transformer:
         """Returns final norm and output matrix, in memory until it is dropped."""
         return self.head_with("model.norm.weight", self.head_name)
 
-    def mtp(self, index: int = 0) -> Mtp:
+    def mtp(self, index: int = 0, *, is_repeated: bool = False) -> Mtp:
         """Returns an MTP layer.
+
+        Args:
+            index: from 0.
+            is_repeated: it works on hidden states of its own, not of the layer before it.
 
         Raises:
             UsageError: the checkpoint has no such layer.
@@ -150,7 +162,7 @@ class Transformer:
                 f"{self.checkpoint.directory}: MTP layer {index} is asked for, the checkpoint has "
                 f"{len(self.mtp_layers)}"
             )
-        return Mtp(self, index)
+        return Mtp(self, index, is_repeated=is_repeated)
 
     @property
     def head_name(self) -> str:

@@ -19,7 +19,8 @@ from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import CheckpointError, FormatError
 from dsv3_tools.formats.base import Format
 from dsv3_tools.formats.dense import Dense
-from dsv3_tools.formats.stored import StoredWeight, find_weights, read_formats
+from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
+from dsv3_tools.model.module import Module
 from dsv3_tools.model.staging import Loaded, Piece, Reader
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ Unit = Mapping[str, Wanted]
 class _Slice(NamedTuple):
     """The stored rows around those that are wanted."""
 
+    checkpoint: Checkpoint
     stored: StoredWeight
     wanted: Wanted
     first_row: int
@@ -81,10 +83,11 @@ class Encoded(NamedTuple):
 
 
 class WeightSource:
-    """The weights of one checkpoint.
+    """The weights of one checkpoint, or of one and its MTP module in another.
 
     Args:
         checkpoint: open; must stay so.
+        module: whose layers take the place of those that `checkpoint` may have itself.
         device: where they are decoded.
         dtype: what they are decoded to.
         through_bf16: rounds them to BF16 on the way; not those that are wide.
@@ -97,22 +100,30 @@ class WeightSource:
         self,
         checkpoint: Checkpoint,
         *,
+        module: Module | None = None,
         device: torch.device,
         dtype: torch.dtype,
         through_bf16: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
+        self._module = module
         self.device = device
         self.dtype = dtype
         self._through_bf16 = through_bf16
 
     @cached_property
-    def _stored(self) -> dict[str, StoredWeight]:
-        where = str(self.checkpoint.directory / CONFIG_NAME)
-        formats = read_formats(self.checkpoint.config_json, where)
-        found = find_weights(self.checkpoint.specs, formats)
-        self._refused = found.refused
-        return {weight.full_name: weight for weight in found.weights}
+    def _stored(self) -> dict[str, tuple[Checkpoint, StoredWeight]]:
+        found = _find(self.checkpoint)
+        self._refused = dict(found.refused)
+        stored = {weight.full_name: (self.checkpoint, weight) for weight in found.weights}
+        if self._module is None:
+            return stored
+        own = Module(self.checkpoint, {layer: layer for layer in self._module.layers.values()})
+        stored = {name: value for name, value in stored.items() if own.full_name(name) is None}
+        for weight in _find(self._module.checkpoint).weights:
+            if (name := self._module.full_name(weight.full_name)) is not None:
+                stored[name] = self._module.checkpoint, weight
+        return stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -137,11 +148,11 @@ class WeightSource:
             CheckpointError: a weight cannot be read.
         """
         pieces = [
-            Piece(part.stored.parts[name], part.starts[name], spec)
+            Piece(part.checkpoint, part.stored.parts[name], part.starts[name], spec)
             for part in prepared.slices.values()
             for name, spec in part.specs.items()
         ]
-        loaded = reader.read(self.checkpoint, pieces)
+        loaded = reader.read(pieces)
         tensors = iter(loaded.tensors)
         items = {
             name: (part, {part_name: next(tensors) for part_name in part.specs})
@@ -184,31 +195,37 @@ class WeightSource:
             CheckpointError: it is not there.
             FormatError: a part is missing or of another dtype or shape.
         """
-        stored = self._stored.get(wanted.name)
-        if stored is None:
+        if wanted.name not in self._stored:
             raise CheckpointError(
                 f"{self.checkpoint.directory}: {wanted.name} "
                 f"{self._refused.get(wanted.name, 'is missing')}; the forward pass needs it"
             )
-        self._check(stored)
+        checkpoint, stored = self._stored[wanted.name]
+        _check(checkpoint, stored)
         fmt, shape = stored.format, stored.shape
         if wanted.rows is None or fmt.row_alignment is None:
-            return _Slice(stored, wanted, 0, shape, *_places(fmt, shape, 0))
+            return _Slice(checkpoint, stored, wanted, 0, shape, *_places(fmt, shape, 0))
         together = fmt.row_alignment
         first = wanted.rows.start // together * together
         last = min(-(-wanted.rows.stop // together) * together, shape[0])
         stripe = (last - first, *shape[1:])
-        return _Slice(stored, wanted, first, stripe, *_places(fmt, stripe, first))
+        return _Slice(checkpoint, stored, wanted, first, stripe, *_places(fmt, stripe, first))
 
-    def _check(self, stored: StoredWeight) -> None:
-        expected = stored.format.parts(stored.shape)
-        for part, name in stored.parts.items():
-            found = self.checkpoint.specs.get(name)
-            if found != expected[part]:
-                raise FormatError(
-                    f"{self.checkpoint.directory}: {name} is {found or 'missing'}, expected {expected[part]} "
-                    f"for {stored.format.name} weights of shape {list(stored.shape)}"
-                )
+
+def _find(checkpoint: Checkpoint) -> Stored:
+    where = str(checkpoint.directory / CONFIG_NAME)
+    return find_weights(checkpoint.specs, read_formats(checkpoint.config_json, where))
+
+
+def _check(checkpoint: Checkpoint, stored: StoredWeight) -> None:
+    expected = stored.format.parts(stored.shape)
+    for part, name in stored.parts.items():
+        found = checkpoint.specs.get(name)
+        if found != expected[part]:
+            raise FormatError(
+                f"{checkpoint.directory}: {name} is {found or 'missing'}, expected {expected[part]} "
+                f"for {stored.format.name} weights of shape {list(stored.shape)}"
+            )
 
 
 def _places(

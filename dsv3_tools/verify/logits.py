@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError, VerificationFailed
 from dsv3_tools.formats.stored import find_weights, read_formats
-from dsv3_tools.model.launch import run_ranks
-from dsv3_tools.model.parallel import RankGroup
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.tokens import read_tokens
+from dsv3_tools.verify.devices import COMPUTE_DTYPES, default_dtype, run_on
 from dsv3_tools.verify.expectations import label
 from dsv3_tools.verify.logits_limits import choose_preset, missed, places, with_limits
 from dsv3_tools.verify.logits_results import Divergence, LogitsReport
@@ -30,8 +29,6 @@ from dsv3_tools.verify.logits_summary import heat_map, worst_tokens
 from dsv3_tools.verify.metrics import COLUMNS, divergence, histogram, perplexity
 
 __all__ = ["verify_logits"]
-
-_DTYPES = ("F32", "BF16")
 
 
 def verify_logits(
@@ -128,9 +125,9 @@ def verify_logits(
         layer_nbytes = _layer_nbytes(ours, theirs)
     ranks = Ranks.join()
     devices = resolve_devices(device, ranks)
-    dtype = dtype or ("F32" if devices[0] == "cpu" else "BF16")
-    if dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: expected F32 or BF16")
+    dtype = dtype or default_dtype(devices)
+    if dtype not in COMPUTE_DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected {' or '.join(COMPUTE_DTYPES)}")
     request = Request(ours.directory, theirs.directory, given.batch_BL, dtype, baseline)
     meter = Meter(sum(layer_nbytes.values()), len(layer_nbytes), on_progress)
 
@@ -138,7 +135,7 @@ def verify_logits(
         assert isinstance(number, int)
         meter.add(layer_nbytes.get(number, 0), shards=1)
 
-    found = _run(devices, request, report_layer, stop)
+    found = run_on(devices, compare_models, request, report_layer, stop)
     runs = _divergences(found.main)
     reference_perplexity = _perplexity(found.main)
     ends = {"embedding": found.embedding, "head": found.main.error}
@@ -232,20 +229,6 @@ def _notes(found: Findings) -> Iterator[str]:
     ours, theirs = found.mtp_layers
     if ours != theirs:
         yield f"MTP layers: the reference has {ours}, the candidate {theirs}; {len(found.mtp)} were compared"
-
-
-def _run(devices: Sequence[str], request: Request, report: Callable[[object], None], stop: Stop) -> Findings:
-    """Compares the models on one device here, or in a process for each device."""
-    import torch
-
-    def checked(number: object) -> None:
-        stop.check()
-        report(number)
-
-    if len(devices) == 1:
-        return compare_models(RankGroup.join(torch.device(devices[0])), devices[0], checked, request)
-    findings: Findings = run_ranks(compare_models, devices, request, on_report=report, check=stop.check)
-    return findings
 
 
 def _perplexity(head: HeadFindings) -> float:

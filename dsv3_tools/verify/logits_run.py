@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.reader import Checkpoint
-from dsv3_tools.errors import UsageError
 from dsv3_tools.model.head import Head
 from dsv3_tools.model.launch import Report
 from dsv3_tools.model.parallel import RankGroup
@@ -20,7 +19,7 @@ from dsv3_tools.model.transformer import Transformer
 from dsv3_tools.verify.hidden_errors import ratio, squares
 from dsv3_tools.verify.lockstep import Lockstep, States, Step
 from dsv3_tools.verify.logits_results import LayerResult
-from dsv3_tools.verify.metrics import COLUMNS, Reference, chunk_size, compare
+from dsv3_tools.verify.metrics import COLUMNS, Reference, chunk_size, compare, following
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,22 +88,13 @@ def compare_models(ranks: RankGroup, device: str, report: Report, request: Reque
 
     Raises:
         CheckpointError: a model is not one that the forward pass knows, or cannot be read.
-        UsageError: the device's memory does not suffice.
     """
-    import torch
-
-    try:
-        with Checkpoint(request.reference) as reference, Checkpoint(request.candidate) as candidate:
-            models = [
-                Transformer(one, device=device, dtype=request.dtype, through_bf16=True, ranks=ranks)
-                for one in (reference, candidate)
-            ]
-            return _Comparison(models[0], models[1], request, report).run()
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"{device}: out of memory with {request.tokens_BL.numel():,} tokens: take fewer (--max-tokens), "
-            f"or more devices, or --no-baseline ({error})"
-        ) from error
+    with Checkpoint(request.reference) as reference, Checkpoint(request.candidate) as candidate:
+        models = [
+            Transformer(one, device=device, dtype=request.dtype, through_bf16=True, ranks=ranks)
+            for one in (reference, candidate)
+        ]
+        return _Comparison(models[0], models[1], request, report).run()
 
 
 class _Comparison:
@@ -130,7 +120,7 @@ class _Comparison:
             states = step.states
             self._report(step.result.number)
         heads = [model.head() for model in self._models]
-        main = self._compare_logits(states, heads, _shifted(tokens_BL, 1))
+        main = self._compare_logits(states, heads, following(tokens_BL, 1))
         del heads
         num_ours, num_theirs = (len(model.mtp_layers) for model in self._models)
         findings = Findings(main, layers, embedding, errors, (num_ours, num_theirs))
@@ -141,7 +131,7 @@ class _Comparison:
             states = step.states
             findings.layers.append(step.result)
             heads = [model.mtp(index).head() for model in self._models]
-            targets = _shifted(tokens_BL, index + 2)[:, : -1 - index]
+            targets = following(tokens_BL, index + 2)[:, : -1 - index]
             findings.mtp.append(self._compare_logits(states, heads, targets))
             del heads
             self._report(step.result.number)
@@ -194,12 +184,3 @@ class _Comparison:
         settings = self._models[0].settings
         nbytes = 2 * 6 * 4 * self._tokens_BL.numel() * settings.dims.hidden_size
         return self._models[0].device.type == "cuda" and nbytes > _ON_HOST_FROM
-
-
-def _shifted(tokens_BL: Tensor, by: int) -> Tensor:
-    """Returns the token `by` places later, -1 where the sequence has ended."""
-    import torch
-
-    targets_BL = torch.full_like(tokens_BL, -1)
-    targets_BL[:, :-by] = tokens_BL[:, by:]
-    return targets_BL

@@ -16,7 +16,16 @@ from dsv3_tools.verify.logits_results import Divergence, Histogram
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Reference", "chunk_size", "compare", "divergence", "histogram", "perplexity"]
+__all__ = [
+    "COLUMNS",
+    "Reference",
+    "chunk_size",
+    "compare",
+    "divergence",
+    "following",
+    "histogram",
+    "perplexity",
+]
 
 _ELEMENTS_AT_ONCE = 1 << 25  # 256 MB in float64
 _EDGES = tuple(10.0 ** (k / 3) for k in range(-30, 4))
@@ -65,6 +74,15 @@ class Reference(NamedTuple):
 def chunk_size(vocab_size: int) -> int:
     """Returns how many tokens to compare at once."""
     return max(16, min(1024, _ELEMENTS_AT_ONCE // vocab_size))
+
+
+def following(tokens_BL: Tensor, by: int) -> Tensor:
+    """Returns the token `by` places later `[B, L]`, -1 where the sequence has ended."""
+    import torch
+
+    targets_BL = torch.full_like(tokens_BL, -1)
+    targets_BL[:, :-by] = tokens_BL[:, by:]
+    return targets_BL
 
 
 def compare(reference: Reference, logits_TV: Tensor) -> Tensor:

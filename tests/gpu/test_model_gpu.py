@@ -74,11 +74,11 @@ def test_reading_in_runs(models: dict[str, Path]) -> None:
 
     with Checkpoint(models["fp8"]) as checkpoint:
         device = torch.device("cuda")
-        pieces = [Piece(name, 0, spec) for name, spec in checkpoint.specs.items()]
+        pieces = [Piece(checkpoint, name, 0, spec) for name, spec in checkpoint.specs.items()]
         name, spec = max(checkpoint.specs.items(), key=lambda item: item[1].nbytes)
-        pieces.append(Piece(name, spec.nbytes // 2, TensorSpec("U8", (spec.nbytes // 4,))))
+        pieces.append(Piece(checkpoint, name, spec.nbytes // 2, TensorSpec("U8", (spec.nbytes // 4,))))
         for chosen in (pieces, pieces[::-1], pieces[::3]):
-            loaded = make_reader(device).read(checkpoint, chosen)
+            loaded = make_reader(device).read(chosen)
             loaded.hand_over(torch.cuda.current_stream())
             for piece, tensor in zip(chosen, loaded.tensors, strict=True):
                 stored = checkpoint.read_bytes(piece.name)[piece.start : piece.start + piece.spec.nbytes]
@@ -92,8 +92,8 @@ def test_reading_more_than_a_slab(tmp_path: Path) -> None:
 
         large = [(n, s) for n, s in checkpoint.specs.items() if s.nbytes > 2 * SLAB_NBYTES]
         assert large
-        pieces = [Piece(name, 0, spec) for name, spec in large]
-        loaded = make_reader(torch.device("cuda")).read(checkpoint, pieces)
+        pieces = [Piece(checkpoint, name, 0, spec) for name, spec in large]
+        loaded = make_reader(torch.device("cuda")).read(pieces)
         loaded.hand_over(torch.cuda.current_stream())
         for piece, tensor in zip(pieces, loaded.tensors, strict=True):
             assert torch.equal(tensor.cpu(), checkpoint.read(piece.name))

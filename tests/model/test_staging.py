@@ -36,7 +36,7 @@ def expert(number: int) -> list[str]:
 
 def fill(checkpoint: Checkpoint, pieces: list[Piece], window: int) -> tuple[list[bytes], int]:
     """Does what `CudaReader` does, in host memory; returns the pieces' bytes and how many reads it took."""
-    runs, places = lay_out(checkpoint, pieces)
+    runs, places = lay_out(pieces)
     nbytes = runs[-1].place + runs[-1].nbytes
     memory, num_reads = np.full(nbytes, 0xAA, np.uint8), 0
     for begin in range(0, nbytes, window):
@@ -62,21 +62,23 @@ def test_every_piece_lands_whole_and_aligned(checkpoint: Checkpoint, data: st.Da
         rows = data.draw(st.integers(0, spec.shape[0] - 1))
         height = data.draw(st.integers(1, spec.shape[0] - rows))
         row_nbytes = spec.nbytes // spec.shape[0]
-        pieces.append(Piece(name, rows * row_nbytes, TensorSpec(spec.dtype, (height, *spec.shape[1:]))))
+        pieces.append(
+            Piece(checkpoint, name, rows * row_nbytes, TensorSpec(spec.dtype, (height, *spec.shape[1:])))
+        )
     window = data.draw(st.sampled_from([512, 4096, 1 << 16, 1 << 24]))
     found, _ = fill(checkpoint, pieces, window)
     assert found == [stored(checkpoint, piece) for piece in pieces]
-    _, places = lay_out(checkpoint, pieces)
+    _, places = lay_out(pieces)
     assert all(8 * at % DTYPES[p.spec.dtype].bits == 0 for at, p in zip(places, pieces, strict=True))
 
 
 def test_an_expert_takes_two_reads(checkpoint: Checkpoint) -> None:
     """Its weights are neighbours in a file, and so are its scales."""
-    pieces = [Piece(name, 0, checkpoint.specs[name]) for name in expert(3)]
+    pieces = [Piece(checkpoint, name, 0, checkpoint.specs[name]) for name in expert(3)]
     assert len({checkpoint.weight_map[piece.name] for piece in pieces}) == 1
     _, num_reads = fill(checkpoint, pieces, 1 << 24)
     assert num_reads == 2
-    runs, _ = lay_out(checkpoint, pieces)
+    runs, _ = lay_out(pieces)
     assert sorted(run.nbytes for run in runs) == sorted(
         sum(p.spec.nbytes for p in pieces if p.name.endswith(suffix)) for suffix in ("weight", "scale_inv")
     )
@@ -87,10 +89,10 @@ def test_a_neighbour_that_would_be_misaligned_begins_a_run(tmp_path: Path, check
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((checkpoint.directory / "config.json").read_text())
     with Checkpoint(tmp_path) as small:
-        neighbours = [Piece("c", 0, small.specs["c"]), Piece("b", 0, small.specs["b"])]
-        assert len(lay_out(small, neighbours)[0]) == 1
-        halves = [Piece("a", 0, TensorSpec("U8", (3,))), Piece("a", 3, TensorSpec("F32", (2,)))]
-        runs, places = lay_out(small, halves)
+        neighbours = [Piece(small, "c", 0, small.specs["c"]), Piece(small, "b", 0, small.specs["b"])]
+        assert len(lay_out(neighbours)[0]) == 1
+        halves = [Piece(small, "a", 0, TensorSpec("U8", (3,))), Piece(small, "a", 3, TensorSpec("F32", (2,)))]
+        runs, places = lay_out(halves)
         assert len(runs) == 2
         assert places == [0, 256]
 
@@ -99,11 +101,11 @@ def test_a_shortened_file_is_named(tmp_path: Path, checkpoint: Checkpoint) -> No
     save_file({"a": torch.ones(64)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((checkpoint.directory / "config.json").read_text())
     with Checkpoint(tmp_path) as small:
-        piece = Piece("a", 0, small.specs["a"])
-        assert bytes(CpuReader().read(small, [piece]).tensors[0].numpy().data) == stored(small, piece)
+        piece = Piece(small, "a", 0, small.specs["a"])
+        assert bytes(CpuReader().read([piece]).tensors[0].numpy().data) == stored(small, piece)
         with (tmp_path / "model.safetensors").open("r+b") as file:
             file.truncate(200)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: a: the file ended"):
-            CpuReader().read(small, [piece])
+            CpuReader().read([piece])
         with pytest.raises(CheckpointError, match=r"model\.safetensors: a: the file ended"):
             fill(small, [piece], 1 << 20)
