@@ -25,6 +25,9 @@ _LEAST_TOKENS = 8
 _DEVIATIONS = 4.0
 """Standard errors by which a part must stand out."""
 
+_SURE = 3.0
+"""Standard errors that an estimate may be off by before a limit counts as exceeded."""
+
 _RIDGE = 1e-6
 """Share of the mean diagonal added to the normal equations: experts that always go together share a part."""
 
@@ -94,8 +97,9 @@ def expert_errors(
     stands_out_E = (counts_E >= _LEAST_TOKENS) & (error_E > _DEVIATIONS * error_sd_E)
     least_E = (_DEVIATIONS * signal_sd_E).clamp_min(torch.finfo(torch.float64).tiny)
     relative_E = (error_E.clamp_min(0) / signal_E.maximum(least_E)).sqrt()
+    sure_E = (error_E - _SURE * error_sd_E).clamp_min(0) / (signal_E.clamp_min(0) + _SURE * signal_sd_E)
     found = [
-        ExpertError(number, float(relative_E[number]), int(counts_E[number]))
+        ExpertError(number, float(relative_E[number]), int(counts_E[number]), float(sure_E[number].sqrt()))
         for number in relative_E.argsort(descending=True, stable=True).tolist()
         if stands_out_E[number]
     ]

@@ -205,7 +205,7 @@ def _bad_experts(limits: Thresholds, layer: LayerResult) -> list[tuple[int, floa
     return [
         (expert.number, expert.error)
         for expert in layer.experts
-        if expert.error > max(limits.max_expert_error, largest / 3)
+        if expert.least > limits.max_expert_error and expert.error > largest / 3
     ]
 
 

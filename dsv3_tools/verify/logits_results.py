@@ -65,11 +65,13 @@ class ExpertError:
         error: of its output, relative to its output, estimated from the tokens that it gets; both sides
             have the same input.
         num_tokens: how many it gets.
+        least: what the error is at least, if estimates are off by three standard errors; limits go by it.
     """
 
     number: int
     error: float
     num_tokens: int
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
