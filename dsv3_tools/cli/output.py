@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def print_table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Prints the one JSON document of a `--json` run."""
-    print(json.dumps(document, indent=2, ensure_ascii=True), flush=True)
+    print(json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False), flush=True)
 
 
 def print_error(message: str, code: int, *, as_json: bool, kind: str = "Interrupted") -> None:
@@ -59,13 +60,15 @@ def print_error(message: str, code: int, *, as_json: bool, kind: str = "Interrup
 
 
 def as_json(value: Any) -> Any:
-    """Returns a result as JSON values: dataclasses as objects, paths as strings."""
+    """Returns a result as JSON values: dataclasses as objects, paths as strings, NaN and infinity as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value
 
 

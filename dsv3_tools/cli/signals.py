@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(*, resumes: bool = True) -> Iterator[Stop]:
     """Yields a `Stop` that the first signal sets; a second Ctrl-C ends the process at once."""
     stop = Stop()
 
@@ -34,7 +34,8 @@ def stop_on_signals() -> Iterator[Stop]:
     try:
         yield stop
     except Interrupted:
-        print_note(f"to go on, run again: {shlex.join(['dsv3', *sys.argv[1:]])}")
+        if resumes:
+            print_note(f"to go on, run again: {shlex.join(['dsv3', *sys.argv[1:]])}")
         raise
     finally:
         for signum, handler in before.items():

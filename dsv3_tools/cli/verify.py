@@ -37,7 +37,7 @@ def integrity(ctx: click.Context, directory: Path, *, workers: int | None, as_js
     Example:
       dsv3 verify integrity /tmp/mini-bf16
     """
-    with stop_on_signals() as stop, shown_progress("verify integrity") as update:
+    with stop_on_signals(resumes=False) as stop, shown_progress("verify integrity") as update:
         report = verify_integrity(directory, workers=workers, on_progress=update, stop=stop)
     if as_json:
         print_json(jsonable(report) | {"passed": report.passed})
@@ -79,7 +79,7 @@ def structure(ctx: click.Context, directory: Path, *, data: bool, workers: int |
       dsv3 verify structure /tmp/mini-W4A16
       dsv3 verify structure miniature/checkpoint --no-data
     """
-    with stop_on_signals() as stop, shown_progress("verify structure") as update:
+    with stop_on_signals(resumes=False) as stop, shown_progress("verify structure") as update:
         report = verify_structure(directory, data=data, workers=workers, on_progress=update, stop=stop)
     if as_json:
         print_json(jsonable(report) | {"passed": report.passed})
@@ -138,7 +138,7 @@ def tensors(
       dsv3 verify tensors miniature/checkpoint /tmp/mini-bf16
       dsv3 verify tensors /tmp/mini-bf16 /tmp/mini-W4A16 --sample 10%
     """
-    with stop_on_signals() as stop, shown_progress("verify tensors") as update:
+    with stop_on_signals(resumes=False) as stop, shown_progress("verify tensors") as update:
         report = verify_tensors(reference, candidate, on_progress=update, stop=stop, **options)
     if as_json:
         document = {key: value for key, value in jsonable(report).items() if key != "weights"}

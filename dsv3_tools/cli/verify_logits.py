@@ -14,11 +14,11 @@ import rich_click as click
 from dsv3_tools.cli.findings import finish, print_findings, verdict
 from dsv3_tools.cli.options import debug_option, directory_argument, forward_options, json_option
 from dsv3_tools.cli.output import as_json as jsonable
-from dsv3_tools.cli.output import print_json, print_line, print_table, size
+from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
 from dsv3_tools.cli.progress import shown_progress
 from dsv3_tools.cli.signals import stop_on_signals
 from dsv3_tools.conversion.ranks import Ranks
-from dsv3_tools.errors import DestinationError
+from dsv3_tools.errors import DestinationError, Dsv3Error
 from dsv3_tools.model.cores import WAIT_POLICY
 from dsv3_tools.verify.logits import verify_logits
 from dsv3_tools.verify.logits_limits import LIMITS, PRESETS
@@ -85,25 +85,33 @@ def logits(
     os.environ.setdefault(WAIT_POLICY, "passive")  # before torch is loaded
     if report is not None:
         require_plotly()
-        if not report.absolute().parent.is_dir():
-            raise DestinationError(f"--report {report}: its folder is not there")
+        if not os.access(report.absolute().parent, os.W_OK) or report.is_dir():
+            raise DestinationError(f"--report {report}: cannot be written: is its folder there, and yours?")
     is_first = Ranks.join().is_first
     with (
-        stop_on_signals() as stop,
+        stop_on_signals(resumes=False) as stop,
         shown_progress("verify logits", pieces="layers", quiet=not is_first) as update,
     ):
         found = verify_logits(reference, candidate, on_progress=update, stop=stop, **options)
     if not is_first:
         ctx.exit(0)
+    page = "" if report is None else _write(found, report)
     if as_json:
         print_json(jsonable(found) | {"passed": found.passed})
     else:
         _print(found)
-    if report is not None:
-        write_page(found, report, command=shlex.join(["dsv3", *sys.argv[1:]]))
-        if not as_json:
-            print_line(f"  report: {report}")
+    if page:
+        (print_note if as_json else print_line)(f"  {page}")
     finish(ctx, str(candidate), found.problems, as_json=as_json)
+
+
+def _write(found: LogitsReport, path: Path) -> str:
+    """Returns a line that says where the page is, or why it isn't: the figures are not lost for that."""
+    try:
+        write_page(found, path, command=shlex.join(["dsv3", *sys.argv[1:]]))
+    except Dsv3Error as error:
+        return f"report: not written: {error}"
+    return f"report: {path}"
 
 
 def _print(found: LogitsReport) -> None:

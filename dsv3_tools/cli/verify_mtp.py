@@ -62,7 +62,7 @@ def mtp(ctx: click.Context, /, source: Path, *, as_json: bool, **options: Any) -
     os.environ.setdefault(WAIT_POLICY, "passive")  # before torch is loaded
     is_first = Ranks.join().is_first
     with (
-        stop_on_signals() as stop,
+        stop_on_signals(resumes=False) as stop,
         shown_progress("verify mtp", pieces="layers", quiet=not is_first) as update,
     ):
         report = verify_mtp(source, on_progress=update, stop=stop, **options)

@@ -6,13 +6,13 @@ Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, K expe
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dsv3_tools.model.attention import attend
 from dsv3_tools.model.mlp import gated_mlp
-from dsv3_tools.model.moe import Routes, Scores, add_expert, assign, route, score
+from dsv3_tools.model.moe import Routes, Scores, Sketch, add_expert, assign, route, score
 from dsv3_tools.model.parallel import RankGroup
 from dsv3_tools.model.prefetch import Prefetcher
 from dsv3_tools.model.rope import Ropes
@@ -37,6 +37,7 @@ class _State:
     x: Tensor
     sum: Tensor
     routes: Routes | None = None
+    sketch: Sketch | None = None
 
 
 @dataclass
@@ -127,14 +128,21 @@ class Layer:
         return add_residual(hidden_BLD, *added), taken
 
     def mlp_all(
-        self, hiddens: Sequence[Tensor], routes: Sequence[Routes | None] | None = None
+        self,
+        hiddens: Sequence[Tensor],
+        routes: Sequence[Routes | None] | None = None,
+        *,
+        sketches: Mapping[int, Sketch] | None = None,
     ) -> tuple[list[Tensor], list[Routes | None]]:
         """Returns what MLP or experts add to each of several batches, as `attention_all`, and the routes.
 
-        All of them are on the device until the last expert is done.
+        All of them are on the device until the last expert is done. `sketches` are filled for the batches of
+        these numbers.
         """
         given = routes or [None] * len(hiddens)
         states = [self._start(hidden, taken) for hidden, taken in zip(hiddens, given, strict=True)]
+        for number, sketch in (sketches or {}).items():
+            states[number].sketch = sketch
         if (self.number, "mlp") in self._units:
             weights = self._take_all("mlp")
             for state in states:
@@ -154,14 +162,6 @@ class Layer:
     def scores(self, hidden_BLD: Tensor) -> Scores:
         """Returns the scores by which the router chooses, for hidden states after `attention`."""
         return self._score(self._norm(hidden_BLD))
-
-    def expert_inputs(self, hidden_BLD: Tensor) -> Tensor:
-        """Returns what router and experts see of hidden states after `attention`: normalised, `[T, D]`."""
-        return self._norm(hidden_BLD)
-
-    def expert(self, number: int) -> dict[str, Tensor]:
-        """Returns the decoded weights of a routed expert, by `MLP_PARTS`; in order they are read ahead."""
-        return self._take(number)
 
     def _take(self, part: Hashable) -> dict[str, Tensor]:
         key = (self.number, part)
@@ -233,8 +233,7 @@ class Layer:
             for state, assignment, of in used:
                 own = weights.of(state.x.dtype)
                 for part in _chunks(of.stop, of.start):
-                    tokens, scale = assignment.tokens[part], assignment.weights[part]
-                    add_expert(state.sum, state.x, own, tokens, scale)
+                    add_expert(state.sum, state.x, own, assignment, part, state.sketch)
 
 
 def add_residuals(hiddens: Sequence[Tensor], added: Sequence[Tensor]) -> list[Tensor]:

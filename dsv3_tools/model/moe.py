@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from dsv3_tools.model.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["Assignment", "Routes", "Scores", "add_expert", "assign", "route", "score"]
+__all__ = ["Assignment", "Routes", "Scores", "Sketch", "add_expert", "assign", "route", "score"]
 
 
 class Routes(NamedTuple):
@@ -34,6 +35,33 @@ class Scores(NamedTuple):
 
     gate: Tensor
     choice: Tensor
+
+
+class Sketch:
+    """Random projections of what every routed expert gives for each of its tokens, times the route's weight.
+
+    Rows are in the order of `Assignment`, so those of two runs with the same routes belong together, and the
+    squares of their differences are those of the outputs, on average. Experts of other ranks stay 0.
+
+    Args:
+        hidden_size: D.
+        num_rows: T x K.
+        device: where the outputs are.
+    """
+
+    SIZE = 32
+
+    def __init__(self, hidden_size: int, num_rows: int, device: torch.device) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (hidden_size, self.SIZE), generator=generator) * 2 - 1
+        self._projection_DS = (signs / self.SIZE**0.5).to(device, torch.float32)
+        self.rows = torch.zeros((num_rows, self.SIZE), device=device)
+
+    def note(self, part: slice, output_TD: Tensor) -> None:
+        """Notes the outputs of an expert for the routes of `part`."""
+        self.rows[part] = output_TD.float() @ self._projection_DS
 
 
 class Assignment(NamedTuple):
@@ -93,9 +121,18 @@ def assign(routes: Routes, num_experts: int) -> Assignment:
 
 
 def add_expert(
-    out_TD: Tensor, x_TD: Tensor, weights: Mapping[str, Tensor], tokens: Tensor, scale: Tensor
+    out_TD: Tensor,
+    x_TD: Tensor,
+    weights: Mapping[str, Tensor],
+    assignment: Assignment,
+    part: slice,
+    sketch: Sketch | None = None,
 ) -> None:
-    """Adds one expert's outputs for some tokens, times `scale` `[.., 1]`, to `out_TD`, in float32."""
+    """Adds one expert's weighted outputs for the routes of `part` to `out_TD`, in float32."""
     from dsv3_tools.model.mlp import gated_mlp
 
-    out_TD.index_add_(0, tokens, gated_mlp(x_TD.index_select(0, tokens), weights).mul_(scale))
+    tokens = assignment.tokens[part]
+    output = gated_mlp(x_TD.index_select(0, tokens), weights).mul_(assignment.weights[part])
+    if sketch is not None:
+        sketch.note(part, output)
+    out_TD.index_add_(0, tokens, output)

@@ -62,13 +62,18 @@ class Mtp:
     def opened(self) -> Iterator[tuple[Join, Layer]]:
         """Gives what makes the layer's input, and the layer itself, for several batches of hidden states."""
         model = self._model
-        unit = {**mtp_unit(self.number), "norm": Wanted(self._input_norm, is_wide=True)}
-        orders = [Order("join", unit), *layer_orders(model.settings, self.number, model.ranks)]
+        (joining,) = self.orders()
+        unit = joining.unit
+        orders = [joining, *layer_orders(model.settings, self.number, model.ranks)]
         own = f"{self._prefix}embed_tokens.weight"
         embedding = own if model.has(own) else "model.embed_tokens.weight"
         with model.reading(orders) as weights:
             join = Join(model, embedding, weights.take("join", unit))
             yield join, model.layer(self.number, weights)
+
+    def orders(self) -> list[Order]:
+        """Returns what is read before the layer proper."""
+        return [Order("join", {**mtp_unit(self.number), "norm": Wanted(self._input_norm, is_wide=True)})]
 
     def logits(self, hidden_BLD: Tensor, *, chunk: int = 1024) -> Iterator[Tensor]:
         """Yields logits as `Transformer.logits` does, through the shared head."""

@@ -62,7 +62,11 @@ class Prefetcher:
         self._queued: deque[Any] = deque()
 
     def __enter__(self) -> Prefetcher:
-        self._fill()
+        try:
+            self._fill()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:

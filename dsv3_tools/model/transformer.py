@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
-from dsv3_tools.errors import UsageError
+from dsv3_tools.errors import CheckpointError, UsageError, join_problems
 from dsv3_tools.model.cores import reading_threads
 from dsv3_tools.model.head import Head
 from dsv3_tools.model.layer import Layer
@@ -113,6 +113,29 @@ class Transformer:
         layers = self.settings.dims.mtp_layers
         there = [n for n in layers if f"model.layers.{n}.eh_proj.weight" in self._source]
         return range(layers.start, layers.start + len(there))
+
+    def check(self) -> None:
+        """Looks up every weight of this rank, from headers alone: better before the first layer than after.
+
+        Raises:
+            CheckpointError: weights are missing or refused, all of them in one message.
+            FormatError: a weight's parts are not those of its format.
+        """
+        dims = self.settings.dims
+        orders = self._orders(range(dims.num_hidden_layers))
+        for index, number in enumerate(self.mtp_layers):
+            orders += [*layer_orders(self.settings, number, self.ranks), *self.mtp(index).orders()]
+        ends = ("model.embed_tokens.weight", "model.norm.weight", self.head_name)
+        orders.append(Order("ends", {name: Wanted(name) for name in ends}))
+        problems = []
+        for order in orders:
+            for wanted in order.unit.values():
+                try:
+                    self._source.prepare({"weight": wanted})
+                except CheckpointError as error:
+                    problems.append(str(error))
+        if problems:
+            raise CheckpointError(join_problems(problems))
 
     def embed(self, tokens_BL: Tensor, *, on_host: bool = False) -> Tensor:
         """Returns the hidden states `[B, L, D]` before the first layer.

@@ -1,7 +1,7 @@
 """Errors of hidden states: of whole batches, of each token, and which experts they come from.
 
 Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, E routed experts, K experts of a
-token.
+token, R = T x K routes in the experts' order.
 """
 # ruff: noqa: N803, N806 (shape suffixes are capitals)
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsv3_tools.model.moe import Routes
+from dsv3_tools.model.moe import Routes, Sketch
+from dsv3_tools.model.parallel import RankGroup
 from dsv3_tools.verify.logits_results import ExpertError
 
 if TYPE_CHECKING:
@@ -19,17 +20,6 @@ __all__ = ["expert_errors", "ratio", "relative_error", "shared_routes", "squares
 
 _TOKENS_AT_ONCE = 8192
 _NUM_EXPERTS_NAMED = 8
-_LEAST_TOKENS = 8
-"""An expert with fewer tokens is not judged: its part cannot be told from that of others."""
-
-_DEVIATIONS = 4.0
-"""Standard errors by which a part must stand out."""
-
-_SURE = 3.0
-"""Standard errors that an estimate may be off by before a limit counts as exceeded."""
-
-_RIDGE = 1e-6
-"""Share of the mean diagonal added to the normal equations: experts that always go together share a part."""
 
 
 def squares(values_BLD: Tensor, reference_BLD: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,53 +57,30 @@ def shared_routes(found: Routes, routes: Routes) -> tuple[float, float]:
 
 
 def expert_errors(
-    error_T: Tensor, signal_T: Tensor, routes: Routes, num_experts: int
+    ours: Sketch, theirs: Sketch, routes: Routes, num_experts: int, ranks: RankGroup
 ) -> tuple[ExpertError, ...]:
-    """Returns the experts that errors come from, the largest first.
-
-    Outputs are sums over a token's experts; only the sums' squares are known here. A token's squared error is
-    taken as the sum of parts of its experts, each times the square of its route's weight, and of a part that
-    all tokens have (shared experts, or a norm before them); least squares over all tokens give the parts. The
-    same for the outputs themselves gives what the errors are relative to. What does not stand out from its
-    own standard error is not named.
+    """Returns the routed experts with the largest errors, the largest first; those without any are left out.
 
     Args:
-        error_T: squares of each token's error, the inputs and routes being equal.
-        signal_T: squares of each token's output.
+        ours: what the reference's experts give.
+        theirs: what the candidate's give for the same inputs and routes.
         routes: of the tokens.
         num_experts: E.
+        ranks: that share the experts.
     """
     import torch
 
-    indices_TK, weights_TK = routes.indices.cpu(), routes.weights.double().cpu()
-    shares_TE = torch.zeros((len(error_T), num_experts + 1), dtype=torch.float64)
-    shares_TE.scatter_(1, indices_TK, weights_TK.square())
-    counts_E = torch.bincount(indices_TK.flatten(), minlength=num_experts)
-    shares_TE[:, num_experts] = float(weights_TK.square().sum(1).mean())
-    if not torch.isfinite(error_T).all():
-        return ()
-    parts, deviations = _least_squares(shares_TE, torch.stack((error_T, signal_T), dim=1))
-    (error_E, signal_E), (error_sd_E, signal_sd_E) = parts[:num_experts].T, deviations[:num_experts].T
-    stands_out_E = (counts_E >= _LEAST_TOKENS) & (error_E > _DEVIATIONS * error_sd_E)
-    least_E = (_DEVIATIONS * signal_sd_E).clamp_min(torch.finfo(torch.float64).tiny)
-    relative_E = (error_E.clamp_min(0) / signal_E.maximum(least_E)).sqrt()
-    sure_E = (error_E - _SURE * error_sd_E).clamp_min(0) / (signal_E.clamp_min(0) + _SURE * signal_sd_E)
+    experts_R = routes.indices.flatten().sort(stable=True).values
+    squares_R2 = torch.stack(
+        [values.double().square().sum(1) for values in (theirs.rows - ours.rows, ours.rows)], dim=1
+    )
+    sums_E2 = squares_R2.new_zeros((num_experts, 2)).index_add_(0, experts_R, squares_R2)
+    error_E, signal_E = ranks.sum_(sums_E2).cpu().unbind(1)
+    counts_E = torch.bincount(experts_R, minlength=num_experts)
+    relative_E = (error_E / signal_E).sqrt().masked_fill(error_E == 0, 0.0).nan_to_num(float("inf"))
     found = [
-        ExpertError(number, float(relative_E[number]), int(counts_E[number]), float(sure_E[number].sqrt()))
+        ExpertError(number, float(relative_E[number]), int(counts_E[number]))
         for number in relative_E.argsort(descending=True, stable=True).tolist()
-        if stands_out_E[number]
+        if relative_E[number] > 0
     ]
     return tuple(found[:_NUM_EXPERTS_NAMED])
-
-
-def _least_squares(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x with the least |rows x - values| for each column of values, and x's standard errors."""
-    import torch
-
-    normal = rows.T @ rows
-    ridge = _RIDGE * normal.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    inverse = torch.linalg.inv(normal + ridge * torch.eye(len(normal)).to(normal))
-    solution = inverse @ (rows.T @ values)
-    freedom = max(1, len(rows) - len(normal))
-    variance = (values - rows @ solution).square().sum(0) / freedom
-    return solution, (inverse.diagonal().unsqueeze(1) * variance).sqrt()

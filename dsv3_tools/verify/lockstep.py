@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsv3_tools.model.layer import Layer, add_residuals
-from dsv3_tools.model.moe import Routes
+from dsv3_tools.model.moe import Routes, Sketch
 from dsv3_tools.model.transformer import Transformer
 from dsv3_tools.verify.hidden_errors import expert_errors, ratio, relative_error, shared_routes, squares
 from dsv3_tools.verify.logits_results import RUNS, LayerResult
@@ -122,24 +122,32 @@ class Lockstep:
         middle = States(add_residuals(states.ours, our_added), add_residuals(states.theirs, their_added))
         del our_added, their_added, local
         routes = ours.route(middle.reference) if ours.is_moe else None
-        our_added, our_routes = ours.mlp_all(middle.ours, [routes, routes, None][: len(middle.ours)])
-        (*their_added, local), their_routes = theirs.mlp_all(
-            [*middle.theirs, middle.reference], [routes, None, routes]
+        our_sketch, their_sketch = self._sketches(middle.reference, routes)
+        our_added, our_routes = ours.mlp_all(
+            middle.ours, [routes, routes, None][: len(middle.ours)], sketches={0: our_sketch}
         )
-        error_T, signal_T = squares(local, our_added[0])
-        result = replace(result, mlp=ratio(error_T, signal_T))
+        (*their_added, local), their_routes = theirs.mlp_all(
+            [*middle.theirs, middle.reference], [routes, None, routes], sketches={2: their_sketch}
+        )
+        result = replace(result, mlp=relative_error(local, our_added[0]))
         if routes is not None:
             num_experts = self.reference.settings.dims.n_routed_experts
             free = {"free": their_routes[1], "noise_free": our_routes[-1] if self._baseline else None}
             result = replace(
                 self._compare_routers(ours, theirs, middle.reference, result, routes),
                 routes={run: shared_routes(found, routes)[0] for run, found in free.items() if found},
-                experts=expert_errors(error_T, signal_T, routes, num_experts),
+                experts=expert_errors(our_sketch, their_sketch, routes, num_experts, self.reference.ranks),
             )
         after = States(add_residuals(middle.ours, our_added), add_residuals(middle.theirs, their_added))
         sums = {run: squares(hidden, after.reference) for run, hidden in after.by_run().items()}
         result = replace(result, hidden={run: ratio(*pair) for run, pair in sums.items()})
         return Step(after, result, *sums["replayed"])
+
+    def _sketches(self, middle_BLD: Tensor, routes: Routes | None) -> tuple[Sketch, Sketch]:
+        """Returns an empty sketch for either side."""
+        num_rows = 0 if routes is None else routes.indices.numel()
+        size, device = middle_BLD.shape[-1], self.reference.device
+        return Sketch(size, num_rows, device), Sketch(size, num_rows, device)
 
     @staticmethod
     def _compare_routers(

@@ -58,28 +58,26 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ExpertError:
-    """What one routed expert contributes to the error of its layer.
+    """The error of one routed expert.
 
     Attributes:
         number: of the expert.
-        error: of its output, relative to its output, estimated from the tokens that it gets; both sides
-            have the same input.
+        error: of its outputs, relative to them, over the tokens that it gets (estimated from random
+            projections of the outputs); both sides have the same inputs.
         num_tokens: how many it gets.
-        least: what the error is at least, if estimates are off by three standard errors; limits go by it.
     """
 
     number: int
     error: float
     num_tokens: int
-    least: float = 0.0
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """One layer's figures.
 
-    The last six are measured on the reference's own hidden states, given to the candidate's layer: they show
-    this layer's own error, not what was handed down to it.
+    The last seven are measured on the reference's own hidden states, given to the candidate's layer: they
+    show this layer's own error, not what was handed down to it.
 
     Attributes:
         number: counted from 0 through the MTP layers.
@@ -94,6 +92,8 @@ class LayerResult:
         router: largest difference of the scores by which experts are chosen; None for a dense layer.
         rerouted: share of tokens that the candidate's router sends to other experts; None for a dense layer.
         experts: the routed experts with the largest errors, largest first.
+        head: error of the logits that an MTP layer's own norm and output matrix give for the reference's
+            hidden states, relative to them; None for others.
     """
 
     number: int
@@ -106,6 +106,7 @@ class LayerResult:
     router: float | None = None
     rerouted: float | None = None
     experts: tuple[ExpertError, ...] = ()
+    head: float | None = None
 
 
 @dataclass(frozen=True)

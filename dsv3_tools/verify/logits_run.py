@@ -7,7 +7,7 @@ Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, M colu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,13 @@ def compare_models(ranks: RankGroup, device: str, report: Report, request: Reque
             Transformer(one, device=device, dtype=request.dtype, through_bf16=True, ranks=ranks)
             for one in (reference, candidate)
         ]
+        for model in models:
+            model.check()
         return _Comparison(models[0], models[1], request, report).run()
+
+
+def _say_nothing(_: object) -> None:
+    """Stands for the reports of all ranks but the first."""
 
 
 class _Comparison:
@@ -106,7 +112,7 @@ class _Comparison:
         self._models = reference, candidate
         self._lockstep = Lockstep(reference, candidate, baseline=request.baseline)
         self._tokens_BL = request.tokens_BL
-        self._report = report
+        self._report = report if reference.ranks.rank == 0 else _say_nothing
 
     def run(self) -> Findings:
         """Returns what was found in all layers and logits."""
@@ -129,10 +135,10 @@ class _Comparison:
                 break
             step = self._advance_mtp(index, states)
             states = step.states
-            findings.layers.append(step.result)
             heads = [model.mtp(index).head() for model in self._models]
             targets = following(tokens_BL, index + 2)[:, : -1 - index]
             findings.mtp.append(self._compare_logits(states, heads, targets))
+            findings.layers.append(replace(step.result, head=findings.mtp[-1].error))
             del heads
             self._report(step.result.number)
         return findings

@@ -81,10 +81,12 @@ def draft(ranks: RankGroup, device: str, report: Report, request: MtpRequest) ->
                 f"{request.source}: there is no MTP module (num_nextn_predict_layers is "
                 f"{model.settings.dims.num_nextn_predict_layers}); --mtp takes one from another directory"
             )
+        model.check()
         hidden_BLD = model.embed(tokens_BL)
         for number, layer in model.layers():
             hidden_BLD, _ = layer.forward(hidden_BLD)
-            report(number)
+            if ranks.rank == 0:
+                report(number)
         found = Drafts(*_choices(model, model.head(), hidden_BLD, following(tokens_BL, 1)), [])
         for place in range(request.num_drafts):
             mtp = model.mtp(min(place, num_layers - 1), is_repeated=place >= num_layers)

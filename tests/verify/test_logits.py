@@ -121,7 +121,9 @@ def test_the_baseline_is_the_model_in_the_other_arithmetic(bf16: Path, tokens: P
         found = report.runs["noise_free"]
         assert found.kl == pytest.approx(float(expected.mean()), rel=1e-4)
         assert found.kl_max == pytest.approx(float(expected.max()), rel=1e-4)
-        assert found.max_logit_error == pytest.approx(float((log_p - log_p).max()) or found.max_logit_error)
+        apart = (logits["F32"] - logits["BF16"]).abs()
+        assert found.max_logit_error == pytest.approx(float(apart.max()), rel=1e-4)
+        assert found.logit_error == pytest.approx(float(apart.mean()), rel=1e-4)
 
 
 def _swap(one: int, other: int) -> Callable[[Weights], None]:
@@ -194,6 +196,14 @@ IN_BF16 = {
     "final norm": (_scale_norm("model.norm.weight"), "final norm or lm_head: error"),
     "another model's MTP": (_foreign_mtp, "MTP layer 5: "),
     "MTP's join": (_scale("model.layers.5.eh_proj.weight"), r"MTP layer 5: input \(eh_proj"),
+    "MTP's norm before the head": (
+        _scale("model.layers.5.shared_head.norm.weight"),
+        r"MTP layer 5: shared_head \(norm or head\)",
+    ),
+    "MTP's head": (
+        lambda w: w.update({"model.layers.5.shared_head.head.weight": w["lm_head.weight"].flip(0)}),
+        r"MTP layer 5: shared_head \(norm or head\)",
+    ),
     "embedding": (_scale("model.embed_tokens.weight"), "embedding: error"),
     "shared expert": (
         _scale("model.layers.4.mlp.shared_experts.up_proj.weight"),
@@ -223,6 +233,62 @@ def test_negative_control_among_errors_of_int4(change, miniature, quantized, tok
     assert "3 (" in report.problems[0]
 
 
+@pytest.fixture(scope="module")
+def many_experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A random model with as many experts as DeepSeek-V3, its INT4, and tokens."""
+    folder = tmp_path_factory.mktemp("many")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 0}
+    sizes |= {"q_lora_rank": 128, "kv_lora_rank": 128, "num_nextn_predict_layers": 0}
+    dsv3_tools.sample(folder / "fp8", layers=2, experts=256, overrides=sizes)
+    dsv3_tools.quantize_int4(folder / "fp8", folder / "int4", device="cpu")
+    save_file({"tokens": torch.arange(512).view(4, 128) * 7 % 512}, folder / "tokens.safetensors")
+    return folder / "fp8", folder / "int4", folder / "tokens.safetensors"
+
+
+def test_two_of_256_experts(many_experts, tmp_path: Path) -> None:
+    """Few tokens for each expert: none of them raises a false alarm, and swapped ones are found."""
+    reference, int4, tokens = many_experts
+    healthy = compare(reference, int4, tokens, max_kl=9.0, min_top1=0.0, min_top5=0.0)
+    assert not [problem for problem in healthy.problems if "expert" in problem]
+    weights = load_file(next(iter(sorted(int4.glob("*.safetensors")))))
+    assert weights
+    wrong = tmp_path / "wrong"
+    shutil.copytree(int4, wrong)
+    used = max(healthy.layers[1].experts, key=lambda expert: expert.num_tokens).number
+    other = (used + 1) % 256
+    _swap_on_disk(wrong, 1, used, other)
+    report = compare(reference, wrong, tokens)
+    assert report.problems[0].startswith("layer 1: routed expert")
+    assert re.search(rf"\b{used} \(", report.problems[0])
+
+
+def _swap_on_disk(directory: Path, layer: int, one: int, other: int) -> None:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    prefix = f"model.layers.{layer}.mlp.experts."
+    names = [
+        name for name in index["weight_map"] if name.startswith((f"{prefix}{one}.", f"{prefix}{other}."))
+    ]
+    files = {index["weight_map"][name] for name in names}
+    weights = {name: w for file in files for name, w in load_file(directory / file).items()}
+    swapped = dict(weights)
+    for name in names:
+        number = other if name.startswith(f"{prefix}{one}.") else one
+        swapped[name] = weights[f"{prefix}{number}.{name.split('.', 6)[-1]}"]
+    for file in files:
+        own = {n: swapped[n] for n, home in index["weight_map"].items() if home == file}
+        save_file(own, directory / file, metadata={"format": "pt"})
+
+
+def test_progress_ends_at_its_total(bf16: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3_tools.verify.logits.resolve_devices", lambda device, _: device.split(","))
+    for device in ("cpu", "cpu,cpu"):
+        steps = []
+        compare(bf16, bf16, tokens, max_tokens=32, device=device, on_progress=steps.append)
+        assert steps[-1].shards_done == steps[-1].shards_total == len(steps)
+        assert steps[-1].nbytes_done == steps[-1].nbytes_total
+
+
 def test_config_of_another_rope(bf16: Path, tokens: Path, tmp_path: Path) -> None:
     wrong = edited(bf16, tmp_path / "wrong", lambda _: None, {"rope_interleave": False})
     report = compare(bf16, wrong, tokens)
@@ -238,6 +304,7 @@ def test_not_a_number_is_not_passed(bf16: Path, tokens: Path, tmp_path: Path) ->
     report = compare(bf16, wrong, tokens, max_tokens=64)
     assert not report.passed
     assert report.problems[0].startswith("layer 2: ")
+    assert "1 (inf)" in report.problems[0]
 
 
 def test_without_mtp(bf16: Path, tokens: Path, tmp_path: Path) -> None:
@@ -303,10 +370,20 @@ def test_options_that_make_no_sense(options, message: str, bf16: Path, tokens: P
 def test_a_missing_weight(bf16: Path, tokens: Path, tmp_path: Path) -> None:
     def drop(weights: Weights) -> None:
         del weights["model.layers.2.self_attn.o_proj.weight"]
+        del weights["lm_head.weight"]
 
     wrong = edited(bf16, tmp_path / "wrong", drop)
-    with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.o_proj"):
+
+    def no_layer(*_: object) -> None:
+        raise AssertionError("a layer was begun")
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        patch.setattr("dsv3_tools.model.layer.Layer.attention_all", no_layer)
         compare(bf16, wrong, tokens)
+    assert "layers.2.self_attn.o_proj" in str(caught.value)
+    assert "lm_head.weight" in str(caught.value)
+    assert torch.get_num_threads() == threads
 
 
 def test_under_torchrun(bf16: Path, quantized, tokens: Path, tmp_path: Path) -> None:

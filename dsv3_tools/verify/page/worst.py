@@ -58,7 +58,7 @@ def experts(report: LogitsReport) -> Markup:
     title = "Worst experts"
     lead = (
         "Routed experts whose output differs most on equal inputs, relative to it: one far above the others "
-        "has weights that went wrong; one with few tokens is only roughly estimated."
+        "has weights that went wrong."
     )
     found = [(layer, expert) for layer in report.layers for expert in layer.experts]
     if not any(expert.error for _, expert in found):
