@@ -57,9 +57,9 @@ def heat_map(errors: Sequence[tuple[Tensor, Tensor]]) -> HeatMap:
     """Returns relative errors over stretches of tokens.
 
     Args:
-        errors: per layer, each token's squared error and squared hidden state.
+        errors: per layer, of which there is one at least, each token's squared error and squared hidden state.
     """
-    num_tokens = len(errors[0][0]) if errors else 0
+    num_tokens = len(errors[0][0])
     num_columns = min(num_tokens, _NUM_COLUMNS)
     starts = [num_tokens * column // num_columns for column in range(num_columns)]
     stretches = [slice(*pair) for pair in zip(starts, [*starts[1:], num_tokens], strict=True)]
