@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsv3_tools.conversion.api import convert_bf16_to_fp8, convert_fp8_to_bf16
     from dsv3_tools.conversion.api_deepseek_infer import convert_to_deepseek_infer
     from dsv3_tools.conversion.api_integer import convert_int4_to_bf16, convert_int8_to_bf16
+    from dsv3_tools.conversion.api_mtp import SplitResult, merge_mtp, split_mtp
     from dsv3_tools.conversion.api_quantize import quantize_int4, quantize_int8
     from dsv3_tools.conversion.executor import RunResult
     from dsv3_tools.conversion.plan import Plan
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dsv3_tools.verify.integrity import IntegrityReport, verify_integrity
     from dsv3_tools.verify.logits import verify_logits
     from dsv3_tools.verify.logits_results import LogitsReport
+    from dsv3_tools.verify.mtp import MtpReport, verify_mtp
     from dsv3_tools.verify.structure import StructureReport, verify_structure
     from dsv3_tools.verify.tensors import TensorReport, verify_tensors
 
@@ -44,11 +46,13 @@ __all__ = [
     "Inspection",
     "IntegrityReport",
     "LogitsReport",
+    "MtpReport",
     "Plan",
     "Progress",
     "Ranks",
     "RunResult",
     "SampleResult",
+    "SplitResult",
     "Stop",
     "StructureReport",
     "TensorReport",
@@ -60,11 +64,14 @@ __all__ = [
     "convert_int8_to_bf16",
     "convert_to_deepseek_infer",
     "inspect",
+    "merge_mtp",
     "quantize_int4",
     "quantize_int8",
     "sample",
+    "split_mtp",
     "verify_integrity",
     "verify_logits",
+    "verify_mtp",
     "verify_structure",
     "verify_tensors",
 ]
@@ -76,11 +83,13 @@ _HOMES = {
     "Inspection": "dsv3_tools.verify.inspection",
     "IntegrityReport": "dsv3_tools.verify.integrity",
     "LogitsReport": "dsv3_tools.verify.logits_results",
+    "MtpReport": "dsv3_tools.verify.mtp",
     "Plan": "dsv3_tools.conversion.plan",
     "Progress": "dsv3_tools.conversion.progress",
     "Ranks": "dsv3_tools.conversion.ranks",
     "RunResult": "dsv3_tools.conversion.executor",
     "SampleResult": "dsv3_tools.conversion.sample",
+    "SplitResult": "dsv3_tools.conversion.api_mtp",
     "Stop": "dsv3_tools.conversion.progress",
     "StructureReport": "dsv3_tools.verify.structure",
     "TensorReport": "dsv3_tools.verify.tensors",
@@ -91,11 +100,14 @@ _HOMES = {
     "convert_int8_to_bf16": "dsv3_tools.conversion.api_integer",
     "convert_to_deepseek_infer": "dsv3_tools.conversion.api_deepseek_infer",
     "inspect": "dsv3_tools.verify.inspection",
+    "merge_mtp": "dsv3_tools.conversion.api_mtp",
     "quantize_int4": "dsv3_tools.conversion.api_quantize",
     "quantize_int8": "dsv3_tools.conversion.api_quantize",
     "sample": "dsv3_tools.conversion.sample",
+    "split_mtp": "dsv3_tools.conversion.api_mtp",
     "verify_integrity": "dsv3_tools.verify.integrity",
     "verify_logits": "dsv3_tools.verify.logits",
+    "verify_mtp": "dsv3_tools.verify.mtp",
     "verify_structure": "dsv3_tools.verify.structure",
     "verify_tensors": "dsv3_tools.verify.tensors",
 }

@@ -17,10 +17,12 @@ from dsv3_tools import errors
 from dsv3_tools.cli import check as check_command
 from dsv3_tools.cli import convert as convert_commands
 from dsv3_tools.cli import inspect as inspect_command
+from dsv3_tools.cli import mtp as mtp_commands
 from dsv3_tools.cli import quantize as quantize_commands
 from dsv3_tools.cli import sample as sample_command
 from dsv3_tools.cli import verify as verify_commands
 from dsv3_tools.cli import verify_logits as verify_logits_command
+from dsv3_tools.cli import verify_mtp as verify_mtp_command
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Progress, Stop
 
@@ -34,11 +36,14 @@ COMMANDS: dict[str, click.Command] = {
     "convert_int4_to_bf16": convert_commands.int4_to_bf16,
     "convert_int8_to_bf16": convert_commands.int8_to_bf16,
     "inspect": inspect_command.inspect,
+    "merge_mtp": mtp_commands.merge_mtp,
     "quantize_int4": quantize_commands.int4,
     "quantize_int8": quantize_commands.int8,
     "sample": sample_command.sample,
+    "split_mtp": mtp_commands.split_mtp,
     "verify_integrity": verify_commands.integrity,
     "verify_logits": verify_logits_command.logits,
+    "verify_mtp": verify_mtp_command.mtp,
     "verify_structure": verify_commands.structure,
     "verify_tensors": verify_commands.tensors,
 }
@@ -58,7 +63,7 @@ def default_of(option: click.Option, context: click.Context) -> Any:
     value = option.get_default(context)
     if option.multiple:
         return ()
-    return value if isinstance(value, (bool, int, str)) else None
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,13 +6,13 @@ definitions in its `modeling_deepseek.py`; the indexer from DeepSeek-V3.2-Exp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from dsv3_tools.checkpoint.config import ModelConfig
 from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.specs import TensorSpec
 
-__all__ = ["dense_tensors", "differences"]
+__all__ = ["dense_tensors", "differences", "is_mtp_alone", "mtp_copies"]
 
 _MAX_LISTED = 5
 
@@ -30,16 +30,45 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     }
 
 
-def differences(config: ModelConfig, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+def mtp_copies(config: ModelConfig) -> dict[str, str]:
+    """Returns the MTP module's tensors that repeat tensors of the main model, with the originals' names.
+
+    Released checkpoints hold them twice; engines load one of the two, or both.
+    """
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return {
+        f"model.layers.{layer}.{own}": original
+        for layer in config.mtp_layers
+        for own, original in (
+            ("embed_tokens.weight", "model.embed_tokens.weight"),
+            ("shared_head.head.weight", head),
+        )
+    }
+
+
+def is_mtp_alone(config: ModelConfig, names: Iterable[str]) -> bool:
+    """Whether there are tensors of the MTP module and no others."""
+    mtp, found = _prefixes(config), list(names)
+    return bool(mtp and found) and all(name.startswith(mtp) for name in found)
+
+
+def differences(
+    config: ModelConfig, specs: Mapping[str, TensorSpec], *, mtp_alone: bool = False
+) -> Iterator[str]:
     """Yields how a checkpoint's parameters differ from those that its `config.json` promises.
 
     `specs` has them as an unquantized checkpoint would. Rotary caches (`inv_freq`, in some older files) do
-    not count.
+    not count. With `mtp_alone` only the MTP module is looked at, and what it has in common with the main
+    model may be missing.
     """
     expected = dense_tensors(config)
     found = {name for name in specs if not name.endswith(".inv_freq")}
+    mtp = _prefixes(config)
+    if mtp_alone or config.is_nextn:
+        copies = mtp_copies(config).keys()
+        expected = {n: spec for n, spec in expected.items() if n.startswith(mtp) and n not in copies}
+        found -= copies
     missing = sorted(expected.keys() - found)
-    mtp = tuple(f"model.layers.{layer}." for layer in config.mtp_layers)
     if mtp and not any(name.startswith(mtp) for name in found):
         yield (
             f"config.json says num_nextn_predict_layers {len(mtp)}, but the MTP module's weights are missing"
@@ -56,23 +85,30 @@ def differences(config: ModelConfig, specs: Mapping[str, TensorSpec]) -> Iterato
         yield f"{len(wrong) - _MAX_LISTED} more tensors have other shapes than config.json makes them"
 
 
+def _prefixes(config: ModelConfig) -> tuple[str, ...]:
+    return tuple(f"model.layers.{layer}." for layer in config.mtp_layers)
+
+
 def _model(config: ModelConfig) -> Shapes:
     embedding = (config.vocab_size, config.hidden_size)
-    yield "model.embed_tokens.weight", embedding
-    for layer in range(config.num_hidden_layers):
-        yield from _layer(config, layer)
-    yield "model.norm.weight", (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", embedding
+    if not config.is_nextn:
+        yield "model.embed_tokens.weight", embedding
+        for layer in config.main_layers:
+            yield from _layer(config, layer)
+        yield "model.norm.weight", (config.hidden_size,)
+        if not config.tie_word_embeddings:
+            yield "lm_head.weight", embedding
     for layer in config.mtp_layers:
         prefix = f"model.layers.{layer}."
-        yield prefix + "embed_tokens.weight", embedding
+        if not config.is_nextn:
+            yield prefix + "embed_tokens.weight", embedding
         yield prefix + "enorm.weight", (config.hidden_size,)
         yield prefix + "hnorm.weight", (config.hidden_size,)
         yield prefix + "eh_proj.weight", (config.hidden_size, 2 * config.hidden_size)
         yield from _layer(config, layer)
         yield prefix + "shared_head.norm.weight", (config.hidden_size,)
-        yield prefix + "shared_head.head.weight", embedding
+        if not config.is_nextn:
+            yield prefix + "shared_head.head.weight", embedding
 
 
 def _layer(config: ModelConfig, layer: int) -> Shapes:

@@ -18,6 +18,7 @@ __all__ = [
     "CONFIG_NAME",
     "MAX_CONFIG_BYTES",
     "MODEL_TYPES",
+    "NEXTN_ARCHITECTURE",
     "ModelConfig",
     "encode_config",
     "parse_config",
@@ -34,6 +35,9 @@ MODEL_TYPES = {
 }
 """`model_type` of every model that shares the architecture, with who uses it."""
 
+NEXTN_ARCHITECTURE = "DeepseekV3ForCausalLMNextN"
+"""What SGLang calls an MTP module that is exported as a model of its own, with the one layer 0."""
+
 _MAX_DIMENSION = 2**31 - 1
 _MAX_EXPERTS = 200_000  # of all layers together; DeepSeek-V3 has 15,872, Kimi-K2 23,424
 
@@ -43,7 +47,8 @@ class ModelConfig:
     """Every dimension of a model, from `config.json` alone; names as there.
 
     `q_lora_rank` is None for models whose queries have no low-rank factor (Moonlight);
-    `index_*` are None for models without the sparse-attention indexer (all but V3.2).
+    `index_*` are None for models without the sparse-attention indexer (all but V3.2). `is_nextn` says that
+    this is no model but an exported MTP module, whose layers are all that `num_hidden_layers` counts.
     """
 
     model_type: str
@@ -69,6 +74,7 @@ class ModelConfig:
     index_n_heads: int | None = None
     index_head_dim: int | None = None
     tie_word_embeddings: bool = False
+    is_nextn: bool = False
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], where: str = CONFIG_NAME) -> ModelConfig:
@@ -78,8 +84,10 @@ class ModelConfig:
             CheckpointError: another kind of model, or a dimension missing or impossible.
         """
         _check_model_type(document, where)
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"is_nextn": document.get("architectures") == [NEXTN_ARCHITECTURE]}
         for field in fields(cls):
+            if field.name == "is_nextn":
+                continue
             value = document.get(field.name)
             if value is None and field.name in _OPTIONAL:
                 continue
@@ -108,8 +116,15 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def main_layers(self) -> range:
+        """Layer numbers of the model itself; none in an exported MTP module."""
+        return range(0 if self.is_nextn else self.num_hidden_layers)
+
+    @property
     def mtp_layers(self) -> range:
         """Layer numbers of the MTP module: they follow the model's own layers."""
+        if self.is_nextn:
+            return range(self.num_hidden_layers)
         return range(self.num_hidden_layers, self.num_hidden_layers + self.num_nextn_predict_layers)
 
     def is_moe_layer(self, layer: int) -> bool:

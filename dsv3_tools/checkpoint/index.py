@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from dsv3_tools.checkpoint.header import check_tensor_name, load_json
 from dsv3_tools.errors import CheckpointError, HeaderError
 
-__all__ = ["INDEX_NAME", "MAX_INDEX_BYTES", "encode_index", "is_shard_name", "parse_index", "shard_name"]
+__all__ = [
+    "INDEX_NAME",
+    "MAX_INDEX_BYTES",
+    "encode_index",
+    "is_shard_name",
+    "parse_index",
+    "parse_metadata",
+    "shard_name",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
@@ -51,10 +60,34 @@ def parse_index(text: bytes, where: str) -> dict[str, str]:
     return weight_map
 
 
-def encode_index(weight_map: Mapping[str, str], *, total_size: int, total_parameters: int) -> bytes:
-    """Returns the index file: exact `total_size` in bytes of tensors, names sorted as transformers does."""
+def parse_metadata(text: bytes, where: str) -> dict[str, Any] | None:
+    """Returns an index's "metadata", whatever it says; None if it has none.
+
+    Raises:
+        CheckpointError: not JSON.
+    """
+    try:
+        document = load_json(text, where)
+    except HeaderError as error:
+        raise CheckpointError(str(error)) from None
+    metadata = document.get("metadata") if isinstance(document, dict) else None
+    return metadata if isinstance(metadata, dict) else None
+
+
+def encode_index(
+    weight_map: Mapping[str, str],
+    *,
+    total_size: int,
+    total_parameters: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> bytes:
+    """Returns the index file: exact `total_size` in bytes of tensors, names sorted as transformers does.
+
+    `metadata` is another index's that is made again: its keys and no others, with the true `total_size`.
+    """
+    counts = {"total_parameters": total_parameters, "total_size": total_size}
     document = {
-        "metadata": {"total_parameters": total_parameters, "total_size": total_size},
+        "metadata": counts if metadata is None else {**metadata, "total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -99,6 +99,9 @@ quantize.add_command(_Deferred("int4", "dsv3_tools.cli.quantize", "Routed expert
 verify.add_command(
     _Deferred("logits", "dsv3_tools.cli.verify_logits", "What two checkpoints predict, layer by layer.")
 )
+verify.add_command(
+    _Deferred("mtp", "dsv3_tools.cli.verify_mtp", "How often the MTP module's drafts are accepted.")
+)
 verify.add_command(_Deferred("integrity", "dsv3_tools.cli.verify", "Hashes and structure of every file."))
 verify.add_command(_Deferred("structure", "dsv3_tools.cli.verify", "Complete, and sound in itself."))
 verify.add_command(_Deferred("tensors", "dsv3_tools.cli.verify", "Every tensor against another checkpoint."))
@@ -106,6 +109,10 @@ dsv3.add_command(
     _Deferred("inspect", "dsv3_tools.cli.inspect", "Say what a checkpoint is, from its headers.")
 )
 dsv3.add_command(_Deferred("check", "dsv3_tools.cli.check", "Say whether a serving engine would load it."))
+dsv3.add_command(
+    _Deferred("split-mtp", "dsv3_tools.cli.mtp", "Take the MTP module out: the model, the module, or both.")
+)
+dsv3.add_command(_Deferred("merge-mtp", "dsv3_tools.cli.mtp", "Put an MTP module back beside a model."))
 dsv3.add_command(_Deferred("sample", "dsv3_tools.cli.sample", "Make a checkpoint with random weights."))
 
 

@@ -35,27 +35,19 @@ def inspect(directory: Path, *, as_json: bool) -> None:
 
 def _print(found: Inspection) -> None:
     config, parameters = found.config, found.parameters
-    print_line(
-        f"{found.directory}: {found.model_type}, {config.num_hidden_layers} layers "
-        f"({min(config.first_k_dense_replace, config.num_hidden_layers)} dense), "
-        f"hidden size {config.hidden_size:,}"
-    )
+    depth = len(config.main_layers)
+    layers = f"{depth} layers ({min(config.first_k_dense_replace, depth)} dense), " if depth else ""
+    print_line(f"{found.directory}: {found.model_type}, {layers}hidden size {config.hidden_size:,}")
     print_line(
         f"  experts: {config.n_routed_experts} routed, {config.num_experts_per_tok} per token, "
         f"{config.n_shared_experts} shared"
     )
-    print_line(
-        f"  parameters: {parameters.total:,} ({parameters.active:,} active per token, "
-        f"{parameters.routed:,} in routed experts)"
-    )
-    if found.mtp_layers:
-        layers = ", ".join(map(str, found.mtp_layers))
+    if found.mtp is None or not found.mtp.alone:
         print_line(
-            f"  MTP module: layer {layers}, {found.mtp_tensors:,} tensors, {parameters.mtp:,} parameters, "
-            f"{size(found.mtp_nbytes)}"
+            f"  parameters: {parameters.total:,} ({parameters.active:,} active per token, "
+            f"{parameters.routed:,} in routed experts)"
         )
-    else:
-        print_line("  MTP module: none")
+    _print_module(found)
     print_line(f"  quantization: {_quantization(found)}")
     for name, weights in found.formats.items():
         print_line(
@@ -77,6 +69,29 @@ def _print(found: Inspection) -> None:
         print_line(f"  has a manifest; to check its hashes: dsv3 verify integrity {found.directory}")
     for line in found.odd:
         print_line(f"  odd: {line}")
+
+
+def _print_module(found: Inspection) -> None:
+    module, counted = found.mtp, found.config.mtp_layers
+    if module is None:
+        print_line(
+            f"  MTP module: none{f', but config.json counts {len(counted)} layers' if counted else ''}"
+        )
+        return
+    layers = ", ".join(map(str, module.layers))
+    print_line(
+        f"  MTP module: layer {layers}, {module.num_tensors:,} tensors, "
+        f"{module.num_parameters:,} parameters, {size(module.nbytes)}"
+    )
+    formats = ", ".join(f"{count.num_weights:,} {name}" for name, count in module.formats.items())
+    shared = "without embedding and head"
+    if module.shared:
+        shared = f"with its own {' and '.join(module.shared)}"
+    agreement = "agrees" if module.agrees else f"counts {len(counted)} layers"
+    print_line(f"    weights: {formats}; {shared}; config.json {agreement}")
+    if module.alone:
+        readers = "SGLang, LightLLM" if module.layout == "sglang-nextn" else "vLLM, LMDeploy"
+        print_line(f"    there is no model beside it: a draft in the layout {module.layout} ({readers})")
 
 
 def _quantization(found: Inspection) -> str:

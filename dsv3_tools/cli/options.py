@@ -15,6 +15,7 @@ __all__ = [
     "debug_option",
     "directory_argument",
     "fixed_shards_options",
+    "forward_options",
     "json_option",
     "run_options",
     "selecting_options",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,38 @@ from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
 from dsv3_tools.cli.progress import shown_progress
 from dsv3_tools.cli.signals import stop_on_signals
-from dsv3_tools.conversion.executor import Preview, RunResult, preview, run
+from dsv3_tools.conversion.executor import Preview, RunResult, run
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.serving import engine_verdicts
+from dsv3_tools.conversion.together import Part, preview_together
 from dsv3_tools.errors import DestinationError
 
-__all__ = ["execute"]
+__all__ = ["execute", "execute_together"]
 
 
 def execute(
-    plan: Plan,
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, *, as_json: bool, **how: Any
+) -> None:
+    """Carries out `plan`, or only shows it."""
+    said = _carry_out([Part(plan, destination)], checkpoints, as_json=as_json, **how)
+    if as_json and said:
+        print_json(said[0])
+
+
+def execute_together(
+    parts: Mapping[str, Part], checkpoints: Mapping[str, Checkpoint], *, as_json: bool, **how: Any
+) -> None:
+    """Carries out the plans of a command with several results, one after the other, or only shows them."""
+    said = _carry_out(list(parts.values()), checkpoints, as_json=as_json, **how)
+    if as_json and said:
+        print_json(dict(zip(parts, said, strict=True)))
+
+
+def _carry_out(
+    parts: Sequence[Part],
     checkpoints: Mapping[str, Checkpoint],
-    destination: Path,
     *,
     device: str,
     workers: int | None,
@@ -34,43 +52,41 @@ def execute(
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
-) -> None:
-    """Carries out `plan`, or only shows it."""
+) -> list[dict[str, Any]]:
+    """Carries out all plans, or none if one would be refused; returns what `--json` says of each."""
     ranks = Ranks.join()
     options = RunOptions(device, workers, overwrite, nonfinite, ranks=ranks)
-    found = preview(plan, checkpoints, destination, options)
-    if found.problem is not None and not (dry_run and isinstance(found.problem, DestinationError)):
-        raise found.problem
-    if dry_run:
-        _dry_run(plan, checkpoints["source"], destination, found, as_json=as_json)
-        return
+    found = preview_together(parts, checkpoints, options)
+    problem = next((one.problem for one in found if one.problem is not None), None)
+    if problem is not None and not (dry_run and not as_json and isinstance(problem, DestinationError)):
+        raise problem
+    source = checkpoints["source"]
     if ranks.is_first and not as_json:
-        _print_plan(plan, checkpoints["source"], destination)
-    with stop_on_signals() as stop, shown_progress(plan.operation, quiet=not ranks.is_first) as update:
-        result = run(
-            plan,
-            checkpoints,
-            destination,
-            replace(options, on_progress=update, stop=stop),
-        )
-    if not ranks.is_first:
-        return
-    if as_json:
-        engines = {name: verdict.loads for name, verdict in engine_verdicts(plan).items()}
-        print_json(jsonable(result) | {"manifest": str(result.manifest), "engines": engines})
-    else:
-        _print_result(result)
+        for part, one in zip(parts, found, strict=True):
+            _print_plan(part.plan, source, part.destination)
+            if dry_run:
+                _print_preview(part.plan, one)
+    if dry_run:
+        if problem is not None:
+            raise problem
+        return [_plan_json(p.plan, source, p.destination, one) for p, one in zip(parts, found, strict=True)]
+    said = []
+    with stop_on_signals() as stop:
+        for part in parts:
+            with shown_progress(part.plan.operation, quiet=not ranks.is_first) as update:
+                how = replace(options, on_progress=update, stop=stop)
+                result = run(part.plan, checkpoints, part.destination, how)
+            if ranks.is_first:
+                said.append(_result_json(part.plan, result))
+                if not as_json:
+                    _print_result(result)
+    return said
 
 
-def _dry_run(plan: Plan, source: Checkpoint, destination: Path, found: Preview, *, as_json: bool) -> None:
-    """Shows the plan; fails as the run would, for want of room say."""
-    if as_json and found.problem is None:
-        print_json(_plan_json(plan, source, destination, found))
-    elif not as_json:
-        _print_plan(plan, source, destination)
-        _print_preview(plan, found)
-    if found.problem is not None:
-        raise found.problem
+def _result_json(plan: Plan, result: RunResult) -> dict[str, Any]:
+    engines = {name: verdict.loads for name, verdict in engine_verdicts(plan).items()}
+    found: dict[str, Any] = jsonable(result)
+    return found | {"manifest": str(result.manifest), "engines": engines}
 
 
 def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview) -> dict[str, Any]:
@@ -82,7 +98,7 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
         "nbytes_in": plan.nbytes_in,
         "nbytes_out": plan.nbytes_out,
         "payload_nbytes_out": plan.payload_nbytes,
-        "tensors_in": len(source.specs),
+        "tensors_in": plan.num_tensors_in,
         "tensors_out": plan.num_tensors_out,
         "parameters": plan.total_parameters,
         "shards": [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards],
@@ -122,7 +138,7 @@ def _print_plan(plan: Plan, source: Checkpoint, destination: Path) -> None:
         names = [name for name, why in plan.dropped.items() if why == reason]
         print_line(f"  dropped: {len(names):,} tensors, {reason}: {list_names(names)}")
     print_line(
-        f"  in: {len(source.specs):,} tensors, {plan.nbytes_in:,} bytes; "
+        f"  in: {plan.num_tensors_in:,} tensors, {plan.nbytes_in:,} bytes; "
         f"out: {plan.num_tensors_out:,} tensors, {plan.payload_nbytes:,} bytes in {len(plan.shards)} shards"
     )
     print_line(f"  files copied: {', '.join(plan.side_files) or 'none'}")

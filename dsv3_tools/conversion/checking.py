@@ -24,16 +24,18 @@ def check_steps(
     dropped: Mapping[str, str],
     refused: Mapping[str, str],
     others: Sequence[str] = (),
+    origins: Sequence[str] = (SOURCE,),
 ) -> None:
     """Refuses steps that do not account for every source tensor exactly once, or ask for the impossible.
 
     Args:
         where: the checkpoint, for the message.
-        specs: the tensors of every origin; those of "source" must all be accounted for.
+        specs: the tensors of every origin.
         steps: the steps of the plan.
         dropped: source tensors that are left out on purpose, with the reason.
         refused: source tensors that the planner could not place, with what is wrong with them.
         others: problems that are already known.
+        origins: those whose tensors must all be accounted for.
 
     Raises:
         PlanError: with every problem found.
@@ -41,7 +43,7 @@ def check_steps(
     problems = [*others, *(f"{name} {reason}" for name, reason in refused.items())]
     shares: dict[TensorRef, list[Share | None]] = {TensorRef(name): [None] for name in dropped}
     for step in steps:
-        for ref in step.inputs.values():
+        for ref in () if step.is_repetition else step.inputs.values():
             shares.setdefault(ref, []).append(step.share)
     for name in dropped:
         shares[TensorRef(name)] = [None] * len(shares[TensorRef(name)])
@@ -52,8 +54,9 @@ def check_steps(
             problems.append(f"{ref.name} would be used {len(found)} times")
     problems += [
         f"{name} is used by no step"
-        for name in specs[SOURCE]
-        if TensorRef(name) not in shares and name not in refused
+        for origin in origins
+        for name in specs[origin]
+        if TensorRef(name, origin) not in shares and name not in refused
     ]
     outputs = Counter(
         (name, step.share and step.share.rank) for step in steps for name in step.outputs.values()

@@ -28,6 +28,7 @@ from dsv3_tools.conversion.destination import (
 )
 from dsv3_tools.conversion.devices import count_workers, host_nbytes_per_worker, resolve_devices
 from dsv3_tools.conversion.finish import finish
+from dsv3_tools.conversion.identical import check_identical
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
 from dsv3_tools.conversion.preflight import check_places, check_room, check_scales, free_nbytes
@@ -76,13 +77,14 @@ class RunResult:
 class Preview:
     """What a run would do with its destination.
 
-    `host_nbytes` bounds the memory of all workers' buffers; `problem` is why the run would be
-    refused, or None.
+    `nbytes_needed` is what the disk must have free: not what the run removes first. `host_nbytes` bounds
+    the memory of all workers' buffers; `problem` is why the run would be refused, or None.
     """
 
     state: State
     shards_to_write: int
     nbytes_to_write: int
+    nbytes_needed: int
     nbytes_free: int
     devices: tuple[str, ...]
     workers: int
@@ -94,13 +96,13 @@ def preview(
     plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions
 ) -> Preview:
     """Returns what `run` would do, having looked at everything but the data, and written nothing."""
-    problem, state, missing, devices = None, State.FRESH, plan.shards, ["cpu"]
+    problem, state, missing, devices, needed = None, State.FRESH, plan.shards, ["cpu"], 0
     try:
         devices = resolve_devices(options.device, options.ranks)
         check_places(checkpoints, destination)
         state = survey(plan, destination, overwrite=options.overwrite)
         missing = _missing(plan, Workspace(destination), state)
-        _check_room(plan, Workspace(destination), state)
+        needed = _check_room(plan, Workspace(destination), state)
     except Dsv3Error as error:
         problem = error
     workers = count_workers(options.workers, devices, len(missing), options.ranks)
@@ -108,6 +110,7 @@ def preview(
         state=state,
         shards_to_write=len(missing),
         nbytes_to_write=sum(shard.nbytes for shard in missing),
+        nbytes_needed=needed,
         nbytes_free=free_nbytes(destination),
         devices=tuple(devices),
         workers=workers,
@@ -199,6 +202,7 @@ def _start(
     _check_room(plan, workspace, state)
     missing = _missing(plan, workspace, state)
     check_scales(missing, checkpoints, nonfinite=options.nonfinite, stop=stop)
+    check_identical(plan.identical, checkpoints, stop)
     if not locked:
         held.enter_context(workspace.locked())
         # Another run may have come and gone since the first look.
@@ -225,13 +229,17 @@ def _missing(plan: Plan, workspace: Workspace, state: State) -> tuple[ShardPlan,
     return tuple(shard for shard in plan.shards if shard.name not in journal)
 
 
-def _check_room(plan: Plan, workspace: Workspace, state: State) -> None:
-    """Refuses a run that the disk cannot hold, counting what it would remove first as free."""
+def _check_room(plan: Plan, workspace: Workspace, state: State) -> int:
+    """Refuses a run that the disk cannot hold, counting what it would remove first as free.
+
+    Returns what it needs.
+    """
     freed = workspace.temporary_nbytes()
     if state is State.FRESH:
         freed += replaceable_nbytes(workspace.destination)
     needed = sum(shard.nbytes for shard in _missing(plan, workspace, state))
     check_room(workspace.destination, needed - freed)
+    return max(0, needed - freed)
 
 
 def _nothing() -> None:

@@ -70,6 +70,7 @@ def _manifest(plan: Plan, done: Mapping[str, JournalEntry], small: Mapping[str, 
         "blocks_compared": sum(entry.blocks for entry in done.values()),
         "blocks_kept": sum(entry.blocks_kept for entry in done.values()),
         "dropped": dict(plan.dropped),
+        **({"restoring": dict(plan.restoring)} if plan.restoring else {}),
         "sources": [
             {
                 "origin": f.origin,

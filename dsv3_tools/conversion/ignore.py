@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dsv3_tools.checkpoint.names import FP8_LINEARS
 from dsv3_tools.formats.stored import StoredWeight
 
-__all__ = ["Unquantized", "find_unquantized", "names", "patterns", "substrings"]
+__all__ = ["Unquantized", "asked_names", "find_unquantized", "names", "patterns", "substrings"]
 
 _OTHER_LINEARS = frozenset(
     {"lm_head", "mlp.gate", "eh_proj", "shared_head.head", "self_attn.indexer.weights_proj"}
@@ -135,6 +135,21 @@ def names(weights: Sequence[StoredWeight], quantized: Iterable[str]) -> list[str
             layer = name.prefix.removesuffix(name.module)
             found += [name.prefix, *(layer + fused for fused in _FUSED.get(name.module, ()))]
     return sorted(found)
+
+
+def asked_names(weights: Iterable[StoredWeight], mtp_layers: Container[int | None] = ()) -> list[str]:
+    """Returns every name under which an engine may look one of the weights' modules up in a list."""
+    found: dict[str, None] = {}
+    for name in (weight.name for weight in weights):
+        layer = name.prefix.removesuffix(name.module)
+        asked = [name.prefix, *(layer + fused for fused in _FUSED.get(name.module, ()))]
+        if name.is_routed_expert:
+            asked.append(f"{name.prefix.partition('.experts.')[0]}.experts")
+        if name.layer in mtp_layers:
+            own = f"model.layers.{name.layer}."
+            asked += [f"model.decoder.{module.removeprefix(own)}" for module in asked]
+        found |= dict.fromkeys(asked)
+    return list(found)
 
 
 def _area(kind: str, areas: Iterable[str]) -> bool:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
@@ -20,13 +19,15 @@ from dsv3_tools.checkpoint.index import INDEX_NAME, encode_index
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.share import Share
-from dsv3_tools.formats import Format
-from dsv3_tools.formats.fp8_block import LIKE_PART, SCALE_PART
+from dsv3_tools.conversion.steps import SOURCE, Step, TensorRef
+from dsv3_tools.formats import Dense, Format
+from dsv3_tools.formats.fp8_block import LIKE_PART
 from dsv3_tools.formats.integer import IntegerFormat
 from dsv3_tools.formats.recode import moves_codes
 
 __all__ = [
     "PLAN_VERSION",
+    "SOURCE",
     "Change",
     "Plan",
     "ShardPlan",
@@ -38,92 +39,6 @@ __all__ = [
 
 PLAN_VERSION = 1
 """Raised whenever the same plan would give other bytes: leftovers of another version are not resumed."""
-
-SOURCE = "source"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor of one of the run's checkpoints; `origin` names the checkpoint ("source", "like")."""
-
-    name: str
-    origin: str = SOURCE
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One weight on its way from `source` to `target` format, or one tensor copied as it is.
-
-    `inputs` and `outputs` map part names to tensors. Formats with the same bytes (None for a tensor that
-    is not a weight in a format) make a byte copy, which never becomes a tensor. `share` is for a
-    tensor that is copied, in part, to each of several ranks: `shape` is then that of the part.
-    """
-
-    shape: tuple[int, ...]
-    inputs: Mapping[str, TensorRef]
-    outputs: Mapping[str, str]
-    source: Format | None
-    target: Format | None
-    dtype: str
-    share: Share | None = None
-
-    @classmethod
-    def copy(cls, name: str, spec: TensorSpec) -> Step:
-        """Returns the step that copies one tensor's bytes under the same name."""
-        return cls(spec.shape, {"weight": TensorRef(name)}, {"weight": name}, None, None, spec.dtype)
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether bytes are copied without decoding."""
-        if self.source is None or self.target is None:
-            return True
-        return self.source.same_bytes(self.target)
-
-    @property
-    def weight(self) -> TensorRef:
-        """The tensor that stands for the weight: its elements or codes."""
-        return self.inputs["weight" if self.source is None else self.source.weight_part]
-
-    @property
-    def copies_scales(self) -> bool:
-        """Whether this copies the scales of an FP8 weight whose codes are for another step."""
-        return self.source is None and self.weight.name.endswith(f".{SCALE_PART}")
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of the weight, or of the part; none for scales, and for what an earlier rank has."""
-        repeated = self.share is not None and self.share.is_repetition
-        return 0 if repeated or self.copies_scales else prod(self.shape)
-
-    @property
-    def fixed_inputs(self) -> dict[str, bytes]:
-        """Returns what inputs must hold that a recoding step does not read."""
-        return {} if self.source is None or self.is_copy else self.source.fixed(self.shape)
-
-    @property
-    def fixed_outputs(self) -> dict[str, bytes]:
-        """Returns the content of outputs that follow from the weight's shape alone."""
-        return {} if self.target is None or self.is_copy else self.target.fixed(self.shape)
-
-    def input_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """Returns the specs of the inputs for a weight, or a stripe of it, of `shape`."""
-        if self.source is None or self.target is None:
-            return {"weight": TensorSpec(self.dtype, shape)}
-        specs = self.source.parts(shape)
-        if LIKE_PART in self.inputs:
-            specs[LIKE_PART] = self.target.parts(shape)[SCALE_PART]
-        return specs
-
-    def output_specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """Returns the specs of the outputs for a weight, or a stripe of it, of `shape`."""
-        if self.target is None:
-            return {"weight": TensorSpec(self.dtype, shape)}
-        return self.target.parts(shape)
-
-    def named_outputs(self) -> Iterator[tuple[str, TensorSpec]]:
-        """Yields the name and spec of every tensor that this step writes."""
-        for part, spec in self.output_specs(self.shape).items():
-            yield self.outputs[part], spec
 
 
 @dataclass(frozen=True)
@@ -212,6 +127,9 @@ class Plan:
         config_name: the name of `config`, another one in a layout that is not Hugging Face's.
         index_name: the name of the index; None where the same names are in several shards.
         notes: what whoever uses the result must know.
+        identical: pairs of tensors that must hold the same bytes, checked before anything is written.
+        index_metadata: the index's "metadata", `total_size` apart; None for the usual one.
+        restoring: what the manifest says for the sake of merging: shards as the source had them.
     """
 
     operation: str
@@ -226,6 +144,9 @@ class Plan:
     config_name: str = CONFIG_NAME
     index_name: str | None = INDEX_NAME
     notes: tuple[str, ...] = ()
+    identical: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    index_metadata: Mapping[str, Any] | None = None
+    restoring: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def commit_point(self) -> str:
@@ -244,6 +165,8 @@ class Plan:
             "shards": [[shard.name, shard.nbytes, shard.header_sha256] for shard in self.shards],
             "config": hashlib.sha256(self.config).hexdigest(),
         }
+        if self.restoring or self.index_metadata is not None:
+            document |= {"restoring": self.restoring, "index_metadata": self.index_metadata}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -255,6 +178,13 @@ class Plan:
     def nbytes_out(self) -> int:
         """Bytes of all output shards, with headers."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def num_tensors_in(self) -> int:
+        """Number of tensors in what is converted or joined: read, or left out."""
+        steps = (step for shard in self.shards for step in shard.steps)
+        refs = {ref for step in steps for part, ref in step.inputs.items() if part != LIKE_PART}
+        return len(refs | {TensorRef(name) for name in self.dropped})
 
     @property
     def num_tensors_out(self) -> int:
@@ -274,7 +204,10 @@ class Plan:
         """Returns the index file of the output."""
         weight_map = {name: shard.name for shard in self.shards for name in shard.specs()}
         return encode_index(
-            weight_map, total_size=self.payload_nbytes, total_parameters=self.total_parameters
+            weight_map,
+            total_size=self.payload_nbytes,
+            total_parameters=self.total_parameters,
+            metadata=self.index_metadata,
         )
 
     def changes(self) -> list[Change]:
@@ -284,8 +217,10 @@ class Plan:
         after: Counter[tuple[str, str]] = Counter()
         for step in (step for shard in self.shards for step in shard.steps):
             key = (step.dtype, "copied")
-            if step.source and step.target:
+            if step.source and step.target and step.source != step.target:
                 key = (step.source.name, step.target.name + _what_happens(step.source, step.target))
+            elif step.source and not isinstance(step.source, Dense):
+                key = (step.source.name, "copied")
             counts[key] += 1
             own = {part: spec for part, spec in step.input_specs(step.shape).items() if part != LIKE_PART}
             before[key] += sum(spec.nbytes for spec in own.values())

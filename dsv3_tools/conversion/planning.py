@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME, encode_config
 from dsv3_tools.checkpoint.paths import read_small_file, side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.checking import check_steps
-from dsv3_tools.conversion.layout import lay_out
+from dsv3_tools.conversion.layout import Location, lay_out
 from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef
 from dsv3_tools.errors import CheckpointError
 from dsv3_tools.formats import INT4AWQ, Dense, Format
@@ -123,19 +123,37 @@ def finish_plan(
     max_shard_size: int | None,
     *,
     like: Checkpoint | None = None,
+    others: Mapping[str, Checkpoint] | None = None,
     dropped: Mapping[str, str] | None = None,
+    location: Callable[[Step], Location] | None = None,
+    keep_names: bool = False,
 ) -> Plan:
-    """Returns the plan of steps that have been checked; `config` is the new `config.json`."""
+    """Returns the plan of steps that have been checked.
+
+    Args:
+        checkpoint: the source.
+        operation: the command.
+        options: whatever changes the bytes written.
+        steps: in any order.
+        config: the new `config.json`.
+        max_shard_size: bytes of tensors in an output shard; None keeps the shards of `location`.
+        like: the checkpoint of origin "like".
+        others: checkpoints of more origins.
+        dropped: tensors left out, with the reason.
+        location: where a step's weight is; None is for weights of the source alone.
+        keep_names: shards have the names in `location`.
+    """
     travel, stay = side_files(checkpoint.directory, checkpoint.shards)
+    place = location or (lambda step: checkpoint.location(step.weight.name))
     return Plan(
         operation=operation,
         options=dict(options) | {"max_shard_size": max_shard_size, "like": like is not None},
-        shards=lay_out(checkpoint, steps, max_shard_size),
+        shards=lay_out(steps, place, max_shard_size, keep_names=keep_names),
         dropped=dict(dropped or {}),
         config=encode_config(config),
         side_files=tuple(travel),
         left_behind=tuple(stay),
-        source_files=source_files(_origins(checkpoint, like), travel),
+        source_files=source_files({**_origins(checkpoint, like), **(others or {})}, travel),
         nbytes_in=checkpoint.nbytes,
     )
 

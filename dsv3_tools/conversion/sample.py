@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv3_tools.checkpoint.architecture import dense_tensors
+from dsv3_tools.checkpoint.architecture import dense_tensors, mtp_copies
 from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig, encode_config, with_quantization
 from dsv3_tools.checkpoint.durable import destination_errors, write_file
 from dsv3_tools.checkpoint.header import encode_header
@@ -86,7 +86,8 @@ def sample(
     """
     config_json = _config(preset, layers, experts, overrides or {})
     fmt = _format(weights)
-    specs = _specs(ModelConfig.from_dict(config_json), fmt)
+    config = ModelConfig.from_dict(config_json)
+    specs = _specs(config, fmt)
     if fmt is not None:
         config_json = with_quantization(config_json, fmt.quantization_config())
     total = sum(spec.nbytes for spec in specs.values())
@@ -104,7 +105,7 @@ def sample(
     with _removed_on_failure(folder):
         for number, names in enumerate(groups, start=1):
             shard = {name: specs[name] for name in names}
-            _write_shard(folder, shard_name(number, len(groups)), shard, pool)
+            _write_shard(folder, shard_name(number, len(groups)), shard, pool, mtp_copies(config))
     weight_map = {n: shard_name(k, len(groups)) for k, names in enumerate(groups, start=1) for n in names}
     parameters = sum(spec.num_elements for name, spec in specs.items() if not name.endswith("_scale_inv"))
     write_file(folder / CONFIG_NAME, encode_config(config_json), folder=folder)
@@ -171,7 +172,14 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _write_shard(folder: Path, name: str, specs: Mapping[str, TensorSpec], pool: _Pool | None) -> None:
+def _write_shard(
+    folder: Path,
+    name: str,
+    specs: Mapping[str, TensorSpec],
+    pool: _Pool | None,
+    copies: Mapping[str, str],
+) -> None:
+    """Writes one file; tensors among `copies` repeat those that they are copies of."""
     encoded, header = encode_header(specs)
     if pool is None:
         with destination_errors(folder / name, "creating a sparse file"), (folder / name).open("xb") as file:
@@ -184,7 +192,8 @@ def _write_shard(folder: Path, name: str, specs: Mapping[str, TensorSpec], pool:
         for tensor, spec in header.specs.items():
             for start in range(0, spec.nbytes, _CHUNK_NBYTES):
                 nbytes = min(_CHUNK_NBYTES, spec.nbytes - start)
-                writer.write(header.offsets[tensor] + start, pool.draw(spec.dtype, nbytes).data)
+                drawn = pool.draw((tensor, start), copies.get(tensor), spec.dtype, nbytes)
+                writer.write(header.offsets[tensor] + start, drawn.data)
         writer.commit()
 
 
@@ -202,12 +211,21 @@ class _Pool:
         if fmt is not None:
             parts = fmt.encode(weight)
             tensors = [("BF16", weight), ("F8_E4M3", parts["weight"]), ("F32", parts["weight_scale_inv"])]
+        self._starts: dict[tuple[str, int], int] = {}
         self._bytes = {dtype: tensor.reshape(-1).view(torch.uint8).numpy() for dtype, tensor in tensors}
 
-    def draw(self, dtype: str, nbytes: int) -> NDArray[np.uint8]:
-        """Returns so many bytes of `dtype`, beginning at a random element."""
+    def draw(
+        self, place: tuple[str, int], original: str | None, dtype: str, nbytes: int
+    ) -> NDArray[np.uint8]:
+        """Returns so many bytes of `dtype` for a place in a tensor, beginning at a random element.
+
+        Or, for a copy, at the element that the same place of the original began at.
+        """
         import numpy as np
 
         pool = self._bytes[dtype]
         start = int(self._random.integers(0, pool.size // 8)) * 8
+        if original is not None:
+            start = self._starts.get((original, place[1]), start)
+        self._starts[place] = start
         return np.resize(np.concatenate([pool[start:], pool[:start]]), nbytes)

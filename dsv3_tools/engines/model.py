@@ -142,8 +142,7 @@ class ModelView:
     @cached_property
     def has_main(self) -> bool:
         """Whether there are weights of the model itself, not only of its MTP module."""
-        layers = range(self.dimensions.num_hidden_layers)
-        return any(group.layer in layers for group in self.groups)
+        return any(group.layer in self.dimensions.main_layers for group in self.groups)
 
     @cached_property
     def has_mtp(self) -> bool:
@@ -152,7 +151,7 @@ class ModelView:
 
     def is_mtp(self, layer: int | None) -> bool:
         """Whether `layer` is in the MTP module, counted by `config` or not."""
-        return layer is not None and layer >= self.dimensions.num_hidden_layers
+        return layer is not None and layer >= self.dimensions.main_layers.stop
 
     @property
     def _end(self) -> int:

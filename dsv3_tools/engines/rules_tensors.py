@@ -46,14 +46,15 @@ def _missing(view: ModelView, engine: Engine) -> Iterator[Problem]:
 
 def _draft(view: ModelView, engine: Engine) -> Iterator[Problem]:
     nextn = view.config.get("architectures") == ["DeepseekV3ForCausalLMNextN"]
-    takes = {"sglang", "lightllm"} if nextn else {"vllm", "vllm-ascend"}
+    takes = {"sglang", "lightllm"} if nextn else {"vllm", "vllm-ascend", "lmdeploy"}
     layout = "exported (layer 0)" if nextn else "with its own layer number"
     yield Problem(
         "draft-only",
         "note" if engine.name in takes and (nextn or view.has_mtp) else "refused",
         f"only an MTP module is here, {layout}: it is a draft for speculative decoding, not a model; "
         f"{', '.join(sorted(takes))} take it beside the main checkpoint",
-        "vLLM 0.32: speculative_config.model (tried); SGLang: scripts/export_deepseek_nextn.py (read)",
+        "vLLM 0.32: speculative_config.model (tried); LMDeploy 2026-08: pytorch/models/deepseek_mtp.py, "
+        "SGLang: scripts/export_deepseek_nextn.py (read)",
     )
 
 

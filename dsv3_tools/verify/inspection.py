@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from dsv3_tools.checkpoint.architecture import differences
+from dsv3_tools.checkpoint.architecture import differences, is_mtp_alone
 from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig
 from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
@@ -25,6 +25,7 @@ __all__ = [
     "DTypeCount",
     "FormatCount",
     "Inspection",
+    "MTPModule",
     "Parameters",
     "flaws",
     "inspect",
@@ -65,6 +66,33 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class MTPModule:
+    """What there is of an MTP module, and whether `config.json` says the same.
+
+    Attributes:
+        layers: the layers whose weights are there.
+        layout: "native", or "sglang-nextn" for one that is exported as layer 0 of a model of its own.
+        alone: there is nothing of a main model beside it.
+        num_tensors: its tensors.
+        num_parameters: its parameters, scales not counted.
+        nbytes: bytes of its tensors.
+        formats: weights by format, unquantized ones included.
+        shared: what it repeats of the main model: "embed_tokens", "shared_head.head".
+        agrees: `config.json` counts these layers and no others.
+    """
+
+    layers: tuple[int, ...]
+    layout: str
+    alone: bool
+    num_tensors: int
+    num_parameters: int
+    nbytes: int
+    formats: dict[str, FormatCount]
+    shared: tuple[str, ...]
+    agrees: bool
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `dsv3 inspect` shows."""
 
@@ -82,6 +110,7 @@ class Inspection:
     mtp_layers: tuple[int, ...]
     mtp_tensors: int
     mtp_nbytes: int
+    mtp: MTPModule | None
     written_by_dsv3: bool
     odd: tuple[str, ...]
 
@@ -110,11 +139,12 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
             nbytes=checkpoint.nbytes,
             nbytes_on_disk=sum(shard.nbytes for shard in checkpoint.shards.values()),
             dtypes=_count_dtypes(checkpoint),
-            formats=_count_formats(checkpoint, stored),
+            formats=_count_formats(checkpoint, _quantized(stored)),
             parameters=_count_parameters(checkpoint, stored),
             mtp_layers=tuple(checkpoint.config.mtp_layers),
             mtp_tensors=len(mtp),
             mtp_nbytes=sum(checkpoint.specs[name].nbytes for name in mtp),
+            mtp=_find_module(checkpoint, stored),
             written_by_dsv3=(checkpoint.directory / MANIFEST_NAME).exists(),
             odd=(*flaws(checkpoint, stored, problem), *remarks(checkpoint, stored)),
         )
@@ -148,9 +178,9 @@ def read_what_is_stored(checkpoint: Checkpoint) -> tuple[Stored, str | None]:
     return find_weights(checkpoint.specs, formats), problem
 
 
-def _count_formats(checkpoint: Checkpoint, stored: Stored) -> dict[str, FormatCount]:
+def _count_formats(checkpoint: Checkpoint, weights: Iterable[StoredWeight]) -> dict[str, FormatCount]:
     counts: dict[str, FormatCount] = {}
-    for weight in _quantized(stored):
+    for weight in weights:
         before = counts.get(weight.format.name, FormatCount(0, 0, 0))
         present = [checkpoint.specs[name] for name in weight.parts.values() if name in checkpoint.specs]
         counts[weight.format.name] = FormatCount(
@@ -159,6 +189,28 @@ def _count_formats(checkpoint: Checkpoint, stored: Stored) -> dict[str, FormatCo
             before.nbytes + sum(spec.nbytes for spec in present),
         )
     return counts
+
+
+def _find_module(checkpoint: Checkpoint, stored: Stored) -> MTPModule | None:
+    """Returns the MTP module whose weights are there, counted by `config.json` or not; None without any."""
+    config, end = checkpoint.config, checkpoint.config.main_layers.stop
+    weights = [w for w in stored.weights if w.name.layer is not None and w.name.layer >= end]
+    if not weights:
+        return None
+    layers = tuple(sorted({w.name.layer for w in weights if w.name.layer is not None}))
+    names = [name for w in weights for name in w.parts.values() if name in checkpoint.specs]
+    shared = {w.name.module for w in weights} & {"embed_tokens", "shared_head.head"}
+    return MTPModule(
+        layers=layers,
+        layout="sglang-nextn" if config.is_nextn else "native",
+        alone=len(weights) == len(stored.weights),
+        num_tensors=len(names),
+        num_parameters=sum(prod(weight.shape) for weight in weights),
+        nbytes=sum(checkpoint.specs[name].nbytes for name in names),
+        formats=_count_formats(checkpoint, weights),
+        shared=tuple(sorted(shared)),
+        agrees=layers == tuple(config.mtp_layers),
+    )
 
 
 def _quantized(stored: Stored) -> Iterator[StoredWeight]:
@@ -182,7 +234,9 @@ def _count_parameters(checkpoint: Checkpoint, stored: Stored) -> Parameters:
 def flaws(checkpoint: Checkpoint, stored: Stored, problem: str | None) -> Iterator[str]:
     """Yields what an engine would refuse or misread."""
     strangers = {name: checkpoint.specs[name] for name in stored.refused if parse_name(name) is None}
-    yield from differences(checkpoint.config, stored.logical | strangers)
+    found = stored.logical | strangers
+    alone = is_mtp_alone(checkpoint.config, found)
+    yield from differences(checkpoint.config, found, mtp_alone=alone)
     if problem is not None:
         yield problem
     quantized, specs = list(_quantized(stored)), checkpoint.specs

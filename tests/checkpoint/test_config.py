@@ -49,13 +49,27 @@ def refuse(document: dict[str, Any], expected: str) -> None:
 
 
 def test_the_lists_here_cover_every_field() -> None:
-    assert {field.name for field in fields(ModelConfig)} == {"model_type", *REQUIRED, *OPTIONAL}
+    assert {field.name for field in fields(ModelConfig)} == {"model_type", "is_nextn", *REQUIRED, *OPTIONAL}
+
+
+def test_an_exported_mtp_module_has_no_layers_of_a_model() -> None:
+    exported = {"architectures": ["DeepseekV3ForCausalLMNextN"], "num_hidden_layers": 1}
+    config = ModelConfig.from_dict({**V3, **exported, "is_nextn": False})
+    assert config.is_nextn
+    assert (config.main_layers, config.mtp_layers) == (range(0), range(1))
+    assert config.is_moe_layer(0)
+    whole = ModelConfig.from_dict({**V3, "is_nextn": True})
+    assert not whole.is_nextn
+    assert (whole.main_layers, whole.mtp_layers) == (range(61), range(61, 62))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(preset: str) -> None:
     config = ModelConfig.from_dict(parse_config(encode_config(PRESETS[preset])))
+    assert not config.is_nextn
     for field in fields(ModelConfig):
+        if field.name == "is_nextn":
+            continue
         expected = PRESETS[preset].get(field.name)
         assert getattr(config, field.name) == (OPTIONAL.get(field.name) if expected is None else expected)
 

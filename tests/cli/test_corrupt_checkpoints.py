@@ -41,9 +41,13 @@ COMMANDS: dict[str, list[str]] = {
     "like": ["convert", "bf16-to-fp8", "BF16", "OUT", "--like", "BAD"],
     "quantize int8": ["quantize", "int8", "BAD", "OUT"],
     "int8-to-bf16": ["convert", "int8-to-bf16", "BAD", "OUT"],
+    "split-mtp": ["split-mtp", "BAD", "--main", "OUT", "--mtp", "OUT2", "--allow-different-shared"],
+    "merge-mtp": ["merge-mtp", "BAD", "MTP", "OUT", "--allow-different-shared"],
+    "merge-mtp with it": ["merge-mtp", "MAIN", "BAD", "OUT", "--allow-different-shared"],
     "verify integrity": ["verify", "integrity", "BAD"],
     "verify structure": ["verify", "structure", "BAD"],
     "verify tensors": ["verify", "tensors", "BF16", "BAD"],
+    "verify mtp": ["verify", "mtp", "BAD", "--tokens", "TOKENS", "--min-acceptance", "0"],
     "verify logits": ["verify", "logits", "BF16", "BAD", "--tokens", "TOKENS", "--no-baseline"],
 }
 ANSWERING = ("verify integrity", "verify structure", "verify tensors", "verify logits")
@@ -63,6 +67,8 @@ def pristine_bf16(pristine: Path) -> Path:
 
     path = pristine.with_name("model-bf16")
     dsv3_tools.convert_fp8_to_bf16(pristine, path)
+    main, mtp = path.with_name("main"), path.with_name("mtp")
+    dsv3_tools.split_mtp(pristine, main=main, mtp=mtp, allow_different_shared=True)
     return path
 
 
@@ -70,6 +76,7 @@ def command_line(command: str, bad: Path, bf16: Path, out: Path) -> list[str]:
     tokens = bf16.with_name("tokens.npy")
     np.save(tokens, np.arange(8))
     places = {"BAD": str(bad), "BF16": str(bf16), "OUT": str(out), "TOKENS": str(tokens)}
+    places |= {"MAIN": str(bf16.with_name("main")), "MTP": str(bf16.with_name("mtp")), "OUT2": f"{out}2"}
     return [places.get(word, word) for word in COMMANDS[command]]
 
 
@@ -115,5 +122,7 @@ def test_negative_control_the_right_checkpoint_is_not_refused(
 
         bad = tmp_path / "int8"
         dsv3_tools.quantize_int8(pristine, bad)
+    if command.startswith("merge-mtp"):
+        bad = pristine_bf16.with_name("main" if command == "merge-mtp" else "mtp")
     outcome = dsv3(*command_line(command, bad, pristine_bf16, tmp_path / "out"))
     assert (outcome.code, outcome.err) == (0, "")

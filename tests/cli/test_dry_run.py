@@ -48,6 +48,32 @@ def test_the_plan_is_what_happens(
         assert plan["nbytes_in"] == source.nbytes
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_plans_of_a_split_and_of_a_merge(
+    dsv3, fp8_checkpoint: Path, tmp_path: Path, options: list[str]
+) -> None:
+    out = {half: tmp_path / half for half in ("main", "mtp", "whole")}
+    halves: list[str | Path] = ["--main", out["main"], "--mtp", out["mtp"]]
+    line: list[str | Path] = ["split-mtp", fp8_checkpoint, *halves, *options, "--device", "cpu"]
+    plans = dsv3(*line, "--dry-run", "--json").document
+    text = dsv3(*line, "--dry-run").out
+    assert text.count("nothing was written (--dry-run)") == 2
+    assert list(tmp_path.iterdir()) == []
+    results = dsv3(*line, "--json").document
+    assert plans.keys() == results.keys() == {"main", "mtp"}
+    for half in plans:
+        check(plans[half], results[half], out[half])
+    assert dsv3(*line).out.count("already complete") == 2
+    alone = dsv3("split-mtp", fp8_checkpoint, "--main", out["main"], *options, "--dry-run", "--json").document
+    assert alone.keys() == {"main"}
+
+    line = ["merge-mtp", out["main"], out["mtp"], out["whole"], *options, "--device", "cpu"]
+    plan = dsv3(*line, "--dry-run", "--json").document
+    assert not out["whole"].exists()
+    check(plan, dsv3(*line, "--json").document, out["whole"])
+    assert plan["nbytes_in"] == plans["main"]["nbytes_in"]
+
+
 def check(plan: dict[str, Any], result: dict[str, Any], out: Path) -> None:
     with Checkpoint(out) as written:
         assert {shard["name"]: shard["nbytes"] for shard in plan["shards"]} == {

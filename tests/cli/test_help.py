@@ -24,8 +24,11 @@ COMMANDS = {
     "quantize int8": ("quantize", "int8"),
     "quantize int4": ("quantize", "int4"),
     "convert to-deepseek-infer": ("convert", "to-deepseek-infer"),
+    "split-mtp": ("split-mtp",),
+    "merge-mtp": ("merge-mtp",),
     "verify integrity": ("verify", "integrity"),
     "verify logits": ("verify", "logits"),
+    "verify mtp": ("verify", "mtp"),
     "verify structure": ("verify", "structure"),
     "verify tensors": ("verify", "tensors"),
 }
@@ -116,15 +119,17 @@ def test_the_examples_run(dsv3, miniature: Path, tmp_path: Path) -> None:
     """In the order in which one leaves what the next one reads."""
     writing = ("convert fp8-to-bf16", "verify integrity", "convert bf16-to-fp8", "convert to-deepseek-infer")
     integers = ("quantize int8", "quantize int4", "convert int8-to-bf16", "convert int4-to-bf16")
-    verifying = ("verify structure", "verify tensors", "verify logits")
-    assert {"sample", "inspect", "check", *writing, *integers, *verifying} == COMMANDS.keys()
-    for name in ("sample", "inspect", "check", *writing, *integers, *verifying):
+    verifying = ("verify structure", "verify tensors", "verify logits", "verify mtp")
+    halves = ("split-mtp", "merge-mtp")
+    assert {"sample", "inspect", "check", *writing, *integers, *halves, *verifying} == COMMANDS.keys()
+    for name in ("sample", "inspect", "check", *writing, *integers, *halves, *verifying):
         for example in examples(name):
             line = example.replace("/tmp/", f"{tmp_path}/")
             outcome = dsv3(*shlex.split(line.replace("miniature/checkpoint", str(miniature))))
             assert (outcome.code, outcome.err) == (0, ""), example
     made = {"mini-bf16", "mini-fp8", "mini-infer-mp4", "v3-headers"}
     made |= {"mini-W8A8", "mini-W8A8-bf16", "mini-W4A16", "mini-W4A16-bf16", "report.html"}
+    made |= {"mini-noMTP", "mini-MTP", "mini-NextN", "mini-whole"}
     assert made == {path.name for path in tmp_path.iterdir()}
 
 
@@ -147,9 +152,12 @@ def test_completion_scripts(dsv3_process, shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["dsv3", ""], {"check", "convert", "inspect", "quantize", "sample", "verify"}),
+        (
+            ["dsv3", ""],
+            {"check", "convert", "inspect", "merge-mtp", "quantize", "sample", "split-mtp", "verify"},
+        ),
         (["dsv3", "convert", "f"], {"fp8-to-bf16"}),
-        (["dsv3", "verify", ""], {"integrity", "logits", "structure", "tensors"}),
+        (["dsv3", "verify", ""], {"integrity", "logits", "mtp", "structure", "tensors"}),
         (["dsv3", "convert", "bf16-to-fp8", "--s"], {"--scale-fmt"}),
         (["dsv3", "convert", "fp8-to-bf16", "--d"], {"--device", "--dry-run", "--debug"}),
         (["dsv3", "convert", "fp8-to-bf16", "--nonfinite", ""], {"error", "keep"}),

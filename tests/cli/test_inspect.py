@@ -182,11 +182,15 @@ def test_the_text_of_an_fp8_checkpoint(dsv3, fp8_checkpoint: Path) -> None:
     assert lines[0] == f"{fp8_checkpoint}: deepseek_v3, 3 layers (1 dense), hidden size 192"
     assert lines[1] == "  experts: 8 routed, 2 per token, 1 shared"
     assert lines[4] == (
+        "    weights: 11 bf16, 32 fp8_block, 1 f32; with its own embed_tokens and shared_head.head; "
+        "config.json agrees"
+    )
+    assert lines[5] == (
         "  quantization: activation_scheme dynamic, fmt e4m3, quant_method fp8, weight_block_size [128, 128]"
     )
-    assert lines[5] == "    fp8_block: 104 weights, 1,683,456 parameters in 1,684,400 bytes"
-    assert lines[6].endswith(f"in 4 shards ({on_disk:,} bytes on disk)")
-    assert [line.split()[0] for line in lines[7:]] == ["F8_E4M3", "BF16", "F32"]
+    assert lines[6] == "    fp8_block: 104 weights, 1,683,456 parameters in 1,684,400 bytes"
+    assert lines[7].endswith(f"in 4 shards ({on_disk:,} bytes on disk)")
+    assert [line.split()[0] for line in lines[8:]] == ["F8_E4M3", "BF16", "F32"]
 
 
 def test_the_text_of_a_bf16_checkpoint(dsv3, bf16_checkpoint: Path) -> None:

@@ -59,34 +59,52 @@ Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One conversion from one source; `expected` is what an uninterrupted run writes."""
+    """One conversion from one source; `expected` is what an uninterrupted run writes.
+
+    `like` is the second checkpoint that a command reads, `output` which of its results the case is about.
+    """
 
     operation: str
     source: Path
     like: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, bytes] = field(default_factory=dict)
+    output: str | None = None
 
     @property
     def source_kind(self) -> str:
         """What the source's quantized weights are: "fp8", "int8", "int4", or "bf16" if there are none."""
         first, _, second = self.operation.partition(" ")
-        return "fp8" if first == "quantize" else second.partition("-")[0]
+        return "fp8" if first.endswith("mtp") or first == "quantize" else second.partition("-")[0]
 
     def convert(self, destination: Path, **options: Any) -> RunResult:
         """Runs the command's function on the CPU, with one worker unless told otherwise."""
         options = {"device": "cpu", "workers": 1} | self.options | options
+        function = getattr(dsv3_tools, self.operation.replace(" ", "_").replace("-", "_"))
+        if self.operation == "merge-mtp":
+            merged: RunResult = function(self.source, self.like, destination, **options)
+            return merged
+        if self.output is not None:
+            halves = function(self.source, **{self.output: destination}, **options)
+            half: RunResult = getattr(halves, self.output)
+            return half
         if self.like is not None:
             options["like"] = self.like
-        name = self.operation.replace(" ", "_").replace("-", "_")
-        result: RunResult = getattr(dsv3_tools, name)(self.source, destination, **options)
+        result: RunResult = function(self.source, destination, **options)
         return result
 
     def arguments(self, destination: Path) -> list[str]:
         """Returns the arguments of `dsv3` for the same."""
-        given = {"device": "cpu"} | self.options | ({"like": self.like} if self.like is not None else {})
+        given = {"device": "cpu"} | self.options
+        places = [str(self.source), str(destination)]
+        if self.operation == "merge-mtp":
+            places.insert(1, str(self.like))
+        elif self.like is not None:
+            given["like"] = self.like
+        if self.output is not None:
+            given[self.output] = places.pop()
         flags = [flag for key, value in given.items() for flag in _flag(key.replace("_", "-"), value)]
-        return [*self.operation.split(), str(self.source), str(destination), *flags]
+        return [*self.operation.split(), *places, *flags]
 
     def with_own_source(self, folder: Path) -> Case:
         """Returns the case over copies of its sources, with the same times, that a test may damage."""
@@ -335,7 +353,16 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 """What is made of the FP8 checkpoint, beside its BF16 form; `test_determinism.py` has more of each."""
 
-CASES = ("fp8-to-bf16", "bf16-to-fp8", "bf16-to-fp8-like", *COMMANDS, "int8-to-bf16", "int4-to-bf16")
+MTP_CASES = ("split-mtp", "merge-mtp")
+CASES = (
+    "fp8-to-bf16",
+    "bf16-to-fp8",
+    "bf16-to-fp8-like",
+    *COMMANDS,
+    "int8-to-bf16",
+    "int4-to-bf16",
+    *MTP_CASES,
+)
 
 
 @pytest.fixture(scope="session")
@@ -347,6 +374,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     Tools.convert_quickly(first, root / "fp8-to-bf16")
     bf16 = Tools.copy(root / "fp8-to-bf16", root / "bf16")
     Tools.poke(bf16, "model.layers.1.mlp.experts.1.up_proj.weight", 3, b"\x00\x3f")  # 0.5
+    whole = Tools.make(root / "whole", layers=5, overrides={"num_nextn_predict_layers": 1})
+    for half in ("main", "mtp"):
+        Tools.convert_quickly(Case("split-mtp", whole, output=half), root / half)
     made = {
         "fp8-to-bf16": first,
         "bf16-to-fp8": Case("convert bf16-to-fp8", bf16),
@@ -354,6 +384,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         **{name: Case(source=fp8, **what) for name, what in COMMANDS.items()},
         "int8-to-bf16": Case("convert int8-to-bf16", root / "quantize-int8"),
         "int4-to-bf16": Case("convert int4-to-bf16", root / "quantize-int4"),
+        "split-mtp": Case(
+            "split-mtp", whole, options={"layout": "sglang-nextn", "max_shard_size": 110_000}, output="mtp"
+        ),
+        "merge-mtp": Case("merge-mtp", root / "main", like=root / "mtp"),
     }
     for name, case in made.items():
         if not (root / name).exists():

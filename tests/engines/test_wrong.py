@@ -351,7 +351,8 @@ WRONG: dict[str, tuple[str, str, Change, str, str, str]] = {
         "bf16", "vllm", put("model.vision.weight", "BF16", 3), "unexpected-tensors", "refused", "vllm loader",
     ),
     "only the MTP module": (
-        "bf16", "lmdeploy", without(r"^(?!model\.layers\.3\.)"), "draft-only", "refused", "vLLM 0.32 (tried)",
+        "bf16", "tensorrt-llm", without(r"^(?!model\.layers\.3\.)"), "draft-only", "refused",
+        "vLLM 0.32 (tried)",
     ),
     "wrong shape": (
         "bf16", "vllm", put("model.norm.weight", "BF16", 511), "shape", "refused", "every engine",
