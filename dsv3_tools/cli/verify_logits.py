@@ -18,7 +18,7 @@ from dsv3_tools.cli.output import print_json, print_line, print_note, print_tabl
 from dsv3_tools.cli.progress import shown_progress
 from dsv3_tools.cli.signals import stop_on_signals
 from dsv3_tools.conversion.ranks import Ranks
-from dsv3_tools.errors import DestinationError, Dsv3Error
+from dsv3_tools.errors import DestinationError, Dsv3Error, UsageError
 from dsv3_tools.model.cores import WAIT_POLICY
 from dsv3_tools.verify.logits import verify_logits
 from dsv3_tools.verify.logits_limits import LIMITS, PRESETS
@@ -85,8 +85,7 @@ def logits(
     os.environ.setdefault(WAIT_POLICY, "passive")  # before torch is loaded
     if report is not None:
         require_plotly()
-        if not os.access(report.absolute().parent, os.W_OK) or report.is_dir():
-            raise DestinationError(f"--report {report}: cannot be written: is its folder there, and yours?")
+        _check_place(report, reference, candidate)
     is_first = Ranks.join().is_first
     with (
         stop_on_signals(resumes=False) as stop,
@@ -103,6 +102,22 @@ def logits(
     if page:
         (print_note if as_json else print_line)(f"  {page}")
     finish(ctx, str(candidate), found.problems, as_json=as_json)
+
+
+def _check_place(report: Path, *models: Path) -> None:
+    """Refuses to write where the page cannot go, or should not: over a device, or into a checkpoint.
+
+    Raises:
+        UsageError: a place that is in use for something else.
+        DestinationError: one that cannot be written.
+    """
+    place = report.resolve()
+    if report.is_symlink() or (place.exists() and not place.is_file()):
+        raise UsageError(f"--report {report}: expected a new or a regular file")
+    if any(place.parent == model.resolve() for model in models):
+        raise UsageError(f"--report {report}: is in a checkpoint's folder; choose another one")
+    if not os.access(place.parent, os.W_OK):
+        raise DestinationError(f"--report {report}: its folder is not there, or not writable")
 
 
 def _write(found: LogitsReport, path: Path) -> str:

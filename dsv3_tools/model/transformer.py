@@ -18,13 +18,15 @@ Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dsv3_tools.checkpoint.architecture import dense_tensors
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import CheckpointError, UsageError, join_problems
 from dsv3_tools.model.cores import reading_threads
 from dsv3_tools.model.head import Head
@@ -118,24 +120,20 @@ class Transformer:
         """Looks up every weight of this rank, from headers alone: better before the first layer than after.
 
         Raises:
-            CheckpointError: weights are missing or refused, all of them in one message.
+            CheckpointError: weights are missing, refused or of another shape, all of them in one message.
             FormatError: a weight's parts are not those of its format.
         """
         dims = self.settings.dims
+        expected = dense_tensors(dims)
         orders = self._orders(range(dims.num_hidden_layers))
         for index, number in enumerate(self.mtp_layers):
             orders += [*layer_orders(self.settings, number, self.ranks), *self.mtp(index).orders()]
         ends = ("model.embed_tokens.weight", "model.norm.weight", self.head_name)
         orders.append(Order("ends", {name: Wanted(name) for name in ends}))
-        problems = []
-        for order in orders:
-            for wanted in order.unit.values():
-                try:
-                    self._source.prepare({"weight": wanted})
-                except CheckpointError as error:
-                    problems.append(str(error))
+        wanted = [one for order in orders for one in order.unit.values()]
+        problems = [text for one in wanted for text in self._problems(one, expected)]
         if problems:
-            raise CheckpointError(join_problems(problems))
+            raise CheckpointError(join_problems(list(dict.fromkeys(problems))))
 
     def embed(self, tokens_BL: Tensor, *, on_host: bool = False) -> Tensor:
         """Returns the hidden states `[B, L, D]` before the first layer.
@@ -256,6 +254,19 @@ class Transformer:
         with self.reading(orders) as weights:
             for rows, order in zip(stripes, orders, strict=True):
                 yield rows, weights.take(order.key, order.unit)["weight"]
+
+    def _problems(self, wanted: Wanted, expected: Mapping[str, TensorSpec]) -> Iterator[str]:
+        try:
+            found = self._source.prepare({"weight": wanted}).slices["weight"].stored.shape
+        except CheckpointError as error:
+            yield str(error)
+            return
+        shape = expected[wanted.name].shape if wanted.name in expected else found
+        if found != shape:
+            yield (
+                f"{self.checkpoint.directory}: {wanted.name} is {list(found)}, config.json makes it "
+                f"{list(shape)}"
+            )
 
     def _orders(self, numbers: Sequence[int]) -> list[Order]:
         return [order for number in numbers for order in layer_orders(self.settings, number, self.ranks)]

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from dsv3_tools.conversion.devices import resolve_devices
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError, VerificationFailed
+from dsv3_tools.formats import Dense, Format
 from dsv3_tools.formats.stored import find_weights, read_formats
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.tokens import read_tokens
 from dsv3_tools.verify.devices import COMPUTE_DTYPES, default_dtype, run_on
 from dsv3_tools.verify.expectations import label
-from dsv3_tools.verify.logits_limits import choose_preset, missed, places, with_limits
-from dsv3_tools.verify.logits_results import Divergence, LogitsReport
+from dsv3_tools.verify.logits_limits import Lossy, choose_preset, missed, places, with_limits
+from dsv3_tools.verify.logits_results import Divergence, LogitsReport, Thresholds
 from dsv3_tools.verify.logits_run import Findings, HeadFindings, Request, compare_models
 from dsv3_tools.verify.logits_summary import heat_map, worst_tokens
 from dsv3_tools.verify.metrics import COLUMNS, divergence, histogram, perplexity
@@ -111,7 +112,10 @@ def verify_logits(
         "max_router_error": max_router_error,
     }
     with Checkpoint(reference) as ours, Checkpoint(candidate) as theirs:
-        formats = _formats(ours), _formats(theirs)
+        stored = _stored(ours), _stored(theirs)
+        formats = _formats(stored[0]), _formats(stored[1])
+        lossy = _lossy_blocks(*stored)
+        missing = tuple(_missing_mtp(theirs, stored[1]))
         thresholds = with_limits(preset or choose_preset(*formats), limits)
         differences = _compare_settings(ours, theirs)
         given = read_tokens(
@@ -158,10 +162,11 @@ def verify_logits(
         thresholds=thresholds,
         problems=(
             *differences,
-            *places(thresholds, found.layers, **ends),
+            *missing,
+            *places(thresholds, found.layers, lossy, **ends),
             *missed(thresholds, runs, reference_perplexity),
         ),
-        notes=tuple(_notes(found)),
+        notes=tuple(_notes(found, given.batch_BL.numel(), thresholds, formats)),
         seconds=time.monotonic() - began,
         nbytes=sum(layer_nbytes.values()),
         **ends,
@@ -191,6 +196,7 @@ def _compare_settings(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
     )
 
 
+_FEW_ROUTES = 32
 _MAY_DIFFER = {"model_type", "num_nextn_predict_layers", "tie_word_embeddings"}
 
 
@@ -202,11 +208,37 @@ def _differing(one: object, other: object) -> Iterator[tuple[str, Any, Any]]:
             yield field.name, *values
 
 
-def _formats(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Returns the formats of a checkpoint's weights, the one with most weights first."""
+def _stored(checkpoint: Checkpoint) -> dict[str, Format]:
+    """Returns the format of every weight, by its name in an unquantized checkpoint."""
     formats = read_formats(checkpoint.config_json, str(checkpoint.directory / CONFIG_NAME))
-    found = find_weights(checkpoint.specs, formats).weights
-    return tuple(name for name, _ in Counter(label(weight.format) for weight in found).most_common())
+    return {weight.full_name: weight.format for weight in find_weights(checkpoint.specs, formats).weights}
+
+
+def _formats(stored: Mapping[str, Format]) -> tuple[str, ...]:
+    """Returns the formats of a checkpoint's weights, the one with most weights first."""
+    return tuple(name for name, _ in Counter(map(label, stored.values())).most_common())
+
+
+_BLOCKS = {"self_attn": "attention", "mlp": "mlp", "eh_proj": "join", "shared_head": "head"}
+_ENDS = {"embed_tokens": "embedding", "lm_head": "head"}
+
+
+def _lossy_blocks(ours: Mapping[str, Format], theirs: Mapping[str, Format]) -> Lossy:
+    """Returns the blocks in which the candidate stores a weight in another format that is not dense."""
+    changed = [name for name, fmt in theirs.items() if not isinstance(fmt, Dense) and fmt != ours.get(name)]
+    blocks = set()
+    for parsed in filter(None, map(parse_name, changed)):
+        part = parsed.module.split(".")[0]
+        known = _ENDS if parsed.layer is None else _BLOCKS
+        blocks.add((parsed.layer, known.get(part, part)))
+    return frozenset(blocks)
+
+
+def _missing_mtp(candidate: Checkpoint, stored: Mapping[str, Format]) -> Iterator[str]:
+    promised = candidate.config.mtp_layers
+    there = [n for n in promised if f"model.layers.{n}.eh_proj.weight" in stored]
+    if len(there) < len(promised):
+        yield f"config.json promises {len(promised)} MTP layers, {len(there)} are there"
 
 
 def _layer_nbytes(*checkpoints: Checkpoint) -> dict[int, int]:
@@ -224,11 +256,23 @@ def _layer_nbytes(*checkpoints: Checkpoint) -> dict[int, int]:
     return {number: nbytes[number] for number in sorted(set.intersection(*numbers))}
 
 
-def _notes(found: Findings) -> Iterator[str]:
-    """Yields what is left out."""
+def _notes(
+    found: Findings,
+    num_tokens: int,
+    limits: Thresholds,
+    formats: tuple[tuple[str, ...], tuple[str, ...]],
+) -> Iterator[str]:
+    """Yields what is left out, or uncertain."""
     ours, theirs = found.mtp_layers
     if ours != theirs:
         yield f"MTP layers: the reference has {ours}, the candidate {theirs}; {len(found.mtp)} were compared"
+    if found.routes_per_expert < _FEW_ROUTES:
+        yield (
+            f"{num_tokens:,} tokens give a routed expert {found.routes_per_expert:.0f} of them on average, "
+            "some none: what is wrong in one may not show; take more tokens"
+        )
+    if limits.preset == "lossless" and {"fp8_block"} & set(formats[0]) & set(formats[1]):
+        yield "both are FP8, so equality is expected; --preset fp8 is for weights that were quantized again"
 
 
 def _perplexity(head: HeadFindings) -> float:

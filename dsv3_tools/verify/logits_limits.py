@@ -14,7 +14,7 @@ from typing import Any
 from dsv3_tools.errors import UsageError
 from dsv3_tools.verify.logits_results import Divergence, LayerResult, Thresholds
 
-__all__ = ["LIMITS", "PRESETS", "choose_preset", "missed", "places", "with_limits"]
+__all__ = ["LIMITS", "PRESETS", "Lossy", "choose_preset", "missed", "places", "with_limits"]
 
 LIMITS = {
     "max_kl": "Mean KL divergence in nats, routes replayed.",
@@ -147,32 +147,47 @@ def missed(limits: Thresholds, runs: Mapping[str, Divergence], reference_perplex
             yield f"{what}: {100 * share:.3f} %, expected at least {100 * least:.4g} % {by}"
 
 
+Lossy = frozenset[tuple[int | None, str]]
+"""Blocks in which the candidate has weights in a coarser format: layer (None outside layers) and block."""
+
+
 def places(
-    limits: Thresholds, layers: Sequence[LayerResult], *, embedding: float, head: float
+    limits: Thresholds, layers: Sequence[LayerResult], lossy: Lossy, *, embedding: float, head: float
 ) -> Iterator[str]:
-    """Yields where the candidate's own errors are larger than allowed, worst first within a kind."""
-    if _exceeds(embedding, limits.max_block_error):
-        yield f"embedding: error {embedding:.4g} of the hidden states, {_allowed(limits.max_block_error)}"
-    yield from _in_layers(limits, [layer for layer in layers if layer.kind != "mtp"])
-    if _exceeds(head, limits.max_block_error):
-        yield f"final norm or lm_head: error {head:.4g} of the logits, {_allowed(limits.max_block_error)}"
-    yield from _in_layers(limits, [layer for layer in layers if layer.kind == "mtp"])
+    """Yields where the candidate's own errors are larger than allowed, layer by layer within a kind.
+
+    Blocks without a weight in a coarser format must give the same, unless a limit was set by hand.
+    """
+    ends = _block_limit(limits, lossy, None, "embedding"), _block_limit(limits, lossy, None, "head")
+    if _exceeds(embedding, ends[0]):
+        yield f"embedding: error {embedding:.4g} of the hidden states, {_allowed(ends[0])}"
+    yield from _in_layers(limits, [layer for layer in layers if layer.kind != "mtp"], lossy)
+    if _exceeds(head, ends[1]):
+        yield f"final norm or lm_head: error {head:.4g} of the logits, {_allowed(ends[1])}"
+    yield from _in_layers(limits, [layer for layer in layers if layer.kind == "mtp"], lossy)
 
 
-def _in_layers(limits: Thresholds, layers: Sequence[LayerResult]) -> Iterator[str]:
+def _block_limit(limits: Thresholds, lossy: Lossy, layer: int | None, block: str) -> float | None:
+    by_hand = limits.max_block_error != PRESETS[limits.preset].max_block_error
+    return limits.max_block_error if by_hand or (layer, block) in lossy else 0.0
+
+
+def _in_layers(limits: Thresholds, layers: Sequence[LayerResult], lossy: Lossy) -> Iterator[str]:
     """Yields where layers exceed their limits."""
-    yield from _grouped("input (eh_proj, enorm, hnorm)", _own(layers, "join", limits.max_block_error))
-    attention = _own(layers, "attention", limits.max_block_error)
+    yield from _grouped("input (eh_proj, enorm, hnorm)", _own(limits, layers, lossy, "join"))
     hint = "; in so many layers: the order of rows (rope, heads), or config.json?"
+    attention = _own(limits, layers, lossy, "attention")
     yield from _grouped("attention or the norm before it", attention, hint)
     yield from _grouped("router", _routers(limits, layers))
-    yield from _grouped("MLP", _mlps(limits, layers))
-    yield from _grouped("shared_head (norm or head)", _own(layers, "head", limits.max_block_error))
+    yield from _grouped("MLP", _mlps(limits, layers, lossy))
+    yield from _grouped("shared_head (norm or head)", _own(limits, layers, lossy, "head"))
 
 
-def _own(layers: Sequence[LayerResult], block: str, limit: float | None) -> Iterator[tuple[LayerResult, str]]:
+def _own(
+    limits: Thresholds, layers: Sequence[LayerResult], lossy: Lossy, block: str
+) -> Iterator[tuple[LayerResult, str]]:
     for layer in layers:
-        error = getattr(layer, block)
+        error, limit = getattr(layer, block), _block_limit(limits, lossy, layer.number, block)
         if error is not None and _exceeds(error, limit):
             yield layer, f"error {error:.4g} of what it gives, {_allowed(limit)}"
 
@@ -188,18 +203,21 @@ def _routers(limits: Thresholds, layers: Sequence[LayerResult]) -> Iterator[tupl
         yield layer, f"scores differ by up to {layer.router:.4g} on equal inputs, {allowed}; {moved}{cause}"
 
 
-def _mlps(limits: Thresholds, layers: Sequence[LayerResult]) -> Iterator[tuple[LayerResult, str]]:
+def _mlps(
+    limits: Thresholds, layers: Sequence[LayerResult], lossy: Lossy
+) -> Iterator[tuple[LayerResult, str]]:
     for layer in layers:
+        limit = _block_limit(limits, lossy, layer.number, "mlp")
         experts = _bad_experts(limits, layer)
         if experts:
             errors = ", ".join(f"{number} ({error:.3g})" for number, error in experts)
             noun = "routed expert" if len(experts) == 1 else "routed experts"
             yield layer, f"{noun} {errors}: error of their output, {_allowed(limits.max_expert_error)}"
-        elif _exceeds(layer.mlp, limits.max_block_error):
+        elif _exceeds(layer.mlp, limit):
             what = (
                 "MLP or the norm before it" if layer.kind == "dense" else "experts, or the norm before them"
             )
-            yield layer, f"{what}: error {layer.mlp:.4g} of what they add, {_allowed(limits.max_block_error)}"
+            yield layer, f"{what}: error {layer.mlp:.4g} of what they add, {_allowed(limit)}"
 
 
 def _bad_experts(limits: Thresholds, layer: LayerResult) -> list[tuple[int, float]]:

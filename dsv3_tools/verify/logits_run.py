@@ -73,6 +73,7 @@ class Findings:
         embedding: relative error of the hidden states before the first layer.
         errors: per layer of the main model, each token's squared error and signal, replayed.
         mtp_layers: how many the reference has, and the candidate.
+        routes_per_expert: tokens that a routed expert gets in a layer, on average.
     """
 
     main: HeadFindings
@@ -80,6 +81,7 @@ class Findings:
     embedding: float
     errors: list[tuple[Tensor, Tensor]]
     mtp_layers: tuple[int, int]
+    routes_per_expert: float
     mtp: list[HeadFindings] = field(default_factory=list)
 
 
@@ -129,7 +131,9 @@ class _Comparison:
         main = self._compare_logits(states, heads, following(tokens_BL, 1))
         del heads
         num_ours, num_theirs = (len(model.mtp_layers) for model in self._models)
-        findings = Findings(main, layers, embedding, errors, (num_ours, num_theirs))
+        dims = self._models[0].settings.dims
+        routes = tokens_BL.numel() * dims.num_experts_per_tok / dims.n_routed_experts
+        findings = Findings(main, layers, embedding, errors, (num_ours, num_theirs), routes)
         for index in range(min(num_ours, num_theirs)):
             if tokens_BL.shape[1] < index + 2:
                 break

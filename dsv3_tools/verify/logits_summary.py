@@ -57,7 +57,7 @@ def heat_map(errors: Sequence[tuple[Tensor, Tensor]]) -> HeatMap:
     """Returns relative errors over stretches of tokens.
 
     Args:
-        errors: per layer, of which there is one at least, each token's squared error and squared hidden state.
+        errors: per layer, one at least, each token's squared error and squared hidden state.
     """
     num_tokens = len(errors[0][0])
     num_columns = min(num_tokens, _NUM_COLUMNS)

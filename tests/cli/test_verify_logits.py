@@ -88,6 +88,16 @@ def test_limits_by_hand(dsv3, models) -> None:
     assert "expected at most 1e-09 (preset int4)" in missed.error_line
 
 
+def test_a_report_is_not_written_over_a_model(dsv3, models) -> None:
+    config = models["bf16"] / "config.json"
+    before = config.read_bytes()
+    arguments = ("verify", "logits", models["reference"], models["bf16"], *OPTIONS)
+    for place in (config, "/dev/full"):
+        outcome = dsv3(*arguments, "--report", place)
+        assert outcome.code == 2
+    assert config.read_bytes() == before
+
+
 def test_without_plotly_it_says_so_at_once(dsv3, models, tmp_path: Path, monkeypatch) -> None:
     import sys
 

@@ -289,6 +289,43 @@ def test_progress_ends_at_its_total(bf16: Path, tokens: Path, monkeypatch: pytes
         assert steps[-1].nbytes_done == steps[-1].nbytes_total
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.input_layernorm.weight", "layer 3: attention or the norm before it: error"),
+        ("model.layers.0.post_attention_layernorm.weight", "layer 0: MLP or the norm before it: error"),
+        ("model.layers.5.hnorm.weight", r"MTP layer 5: input \(eh_proj"),
+        ("model.norm.weight", "final norm or lm_head: error"),
+        ("model.embed_tokens.weight", "embedding: error"),
+    ],
+)
+def test_what_int4_leaves_alone_must_be_equal(name, place, miniature, quantized, tokens, tmp_path) -> None:
+    """A percent in a norm is far less than INT4's errors in the experts."""
+    wrong = edited(quantized["int4"], tmp_path / "wrong", _scale_norm(name))
+    report = compare(miniature, wrong, tokens, max_tokens=256)
+    assert re.match(place, report.problems[0]), report.problems
+
+
+def test_a_limit_by_hand_is_for_all_blocks(miniature, quantized, tokens, tmp_path: Path) -> None:
+    wrong = edited(
+        quantized["int4"], tmp_path / "wrong", _scale_norm("model.layers.3.input_layernorm.weight")
+    )
+    report = compare(miniature, wrong, tokens, max_block_error=0.29)
+    assert report.passed
+
+
+def test_a_weight_of_another_shape(bf16: Path, tokens: Path, tmp_path: Path) -> None:
+    def cut(weights: Weights) -> None:
+        name = "model.layers.3.mlp.gate.weight"
+        weights[name] = weights[name][:8].clone()
+
+    wrong = edited(bf16, tmp_path / "wrong", cut)
+    with pytest.raises(
+        CheckpointError, match=r"gate\.weight is \[8, 256\], config\.json makes it \[16, 256\]"
+    ):
+        compare(bf16, wrong, tokens)
+
+
 def test_config_of_another_rope(bf16: Path, tokens: Path, tmp_path: Path) -> None:
     wrong = edited(bf16, tmp_path / "wrong", lambda _: None, {"rope_interleave": False})
     report = compare(bf16, wrong, tokens)
@@ -316,7 +353,10 @@ def test_without_mtp(bf16: Path, tokens: Path, tmp_path: Path) -> None:
     report = compare(bf16, main, tokens, max_tokens=64)
     assert report.passed
     assert report.mtp == ()
-    assert report.notes == ("MTP layers: the reference has 1, the candidate 0; 0 were compared",)
+    assert "MTP layers: the reference has 1, the candidate 0; 0 were compared" in report.notes
+    promised = edited(bf16, tmp_path / "promised", drop)
+    report = compare(bf16, promised, tokens, max_tokens=64)
+    assert report.problems == ("config.json promises 1 MTP layers, 0 are there",)
 
 
 def test_another_architecture(bf16: Path, tokens: Path, tmp_path: Path) -> None:
