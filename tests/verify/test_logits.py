@@ -407,7 +407,7 @@ def test_options_that_make_no_sense(options, message: str, bf16: Path, tokens: P
         compare(bf16, bf16, tokens, **options)
 
 
-def test_a_missing_weight(bf16: Path, tokens: Path, tmp_path: Path) -> None:
+def test_a_missing_weight(bf16: Path, tokens: Path, tmp_path: Path, monkeypatch) -> None:
     def drop(weights: Weights) -> None:
         del weights["model.layers.2.self_attn.o_proj.weight"]
         del weights["lm_head.weight"]
@@ -418,8 +418,8 @@ def test_a_missing_weight(bf16: Path, tokens: Path, tmp_path: Path) -> None:
         raise AssertionError("a layer was begun")
 
     threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError) as caught:
-        patch.setattr("dsv3_tools.model.layer.Layer.attention_all", no_layer)
+    monkeypatch.setattr("dsv3_tools.model.layer.Layer.attention_all", no_layer)
+    with pytest.raises(CheckpointError) as caught:
         compare(bf16, wrong, tokens)
     assert "layers.2.self_attn.o_proj" in str(caught.value)
     assert "lm_head.weight" in str(caught.value)

@@ -160,8 +160,8 @@ def test_a_module_in_a_directory_of_its_own(bf16, tokens, tmp_path: Path, layout
 
 
 def test_a_module_that_does_not_fit(bf16: Path, tokens: Path, tmp_path: Path) -> None:
+    main = changed(bf16, tmp_path / "main", _without_module, {"num_nextn_predict_layers": 0})
     with pytest.raises(CheckpointError, match=r"no eh_proj\.weight in any layer"):
-        main = changed(bf16, tmp_path / "main", _without_module, {"num_nextn_predict_layers": 0})
         judge(bf16, tokens, mtp=main)
     other = make(tmp_path / "other")
     with pytest.raises(
