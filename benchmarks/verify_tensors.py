@@ -1,13 +1,11 @@
-"""Times `verify tensors` against reading both checkpoints once, and against the plain way in torch.
+"""Times `verify tensors` against reading both checkpoints once.
 
-    python benchmarks/verify_tensors.py                    2 workers, about 1.1 GB of FP8, 5 rounds
-    python benchmarks/verify_tensors.py --experts 8 --rounds 3
+    python benchmarks/verify_tensors.py                    2 workers, about 2.5 GB of FP8, 9 rounds
+    python benchmarks/verify_tensors.py --cold --rounds 3  every file out of the page cache before each run
 
-One MoE layer of DeepSeek-V3's shapes with random weights, page cache warm. Reading takes as many threads as
-there are workers, each with one buffer of 4 MiB that it reads both sides' files into, and does nothing else
-with them. "torch" decodes a whole weight on either side with this project's definitions in torch
-(`kernels/reference*.py`) and compares the two, with as many threads within its operations; it is timed on
-a few weights and scaled by their bytes. All take turns within a round: medians, and medians of the ratios.
+One MoE layer of DeepSeek-V3's shapes with random weights. Reading takes as many threads as there are workers,
+each with one buffer of 4 MiB that it reads both sides' files into, and does nothing else with them. Both take
+turns within a round: medians, and medians of the ratios. GB/s are of the bytes of both sides.
 """
 
 from __future__ import annotations
@@ -24,18 +22,25 @@ from pathlib import Path
 import torch
 
 import dsv3_tools
-from dsv3_tools.conversion.planning import read_stored
 
 BLOCK_NBYTES = 4 << 20
 PIECE_NBYTES = 64 << 20
-NUM_TORCH = 6
+COLUMNS = ("reference", "candidate", "bytes", "read", "GB/s", "verify tensors", "GB/s", "over reading")
 
-CANDIDATES: dict[str, Callable[[Path, Path], object]] = {
-    "FP8, a copy": shutil.copytree,
-    "BF16": lambda fp8, out: dsv3_tools.convert_fp8_to_bf16(fp8, out, device="cpu"),
-    "INT8 channel": lambda fp8, out: dsv3_tools.quantize_int8(fp8, out, device="cpu"),
-    "INT4 g128": lambda fp8, out: dsv3_tools.quantize_int4(fp8, out, device="cpu", scale_search="absmax"),
+PAIRS: dict[tuple[str, str], Callable[[Path, Path], object]] = {
+    ("FP8", "FP8, a copy"): shutil.copytree,
+    ("FP8", "BF16"): lambda fp8, out: dsv3_tools.convert_fp8_to_bf16(fp8, out, device="cpu"),
+    ("FP8", "INT8 block"): lambda fp8, out: dsv3_tools.quantize_int8(fp8, out, device="cpu", scheme="block"),
+    ("FP8", "INT8 channel"): lambda fp8, out: dsv3_tools.quantize_int8(fp8, out, device="cpu"),
+    ("FP8", "INT4 g128"): lambda fp8, out: dsv3_tools.quantize_int4(
+        fp8, out, device="cpu", scale_search="absmax"
+    ),
+    ("BF16", "INT8 channel"): lambda bf16, out: dsv3_tools.quantize_int8(bf16, out, device="cpu"),
+    ("BF16", "FP8, ue8m0"): lambda bf16, out: dsv3_tools.convert_bf16_to_fp8(
+        bf16, out, device="cpu", scale_fmt="ue8m0"
+    ),
 }
+"""How each candidate is made of its reference."""
 
 
 def main() -> None:
@@ -43,9 +48,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", default="/tmp", help="where the checkpoints are written")
-    parser.add_argument("--experts", type=int, default=20, help="of 44 million parameters each")
+    parser.add_argument("--experts", type=int, default=48, help="of 44 million parameters each")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cold", action="store_true", help="with nothing in the page cache")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.workers)
     folder = Path(arguments.folder) / "dsv3-bench-verify"
@@ -54,44 +60,59 @@ def main() -> None:
     try:
         shape = {"first_k_dense_replace": 0, "vocab_size": 1024, "num_nextn_predict_layers": 0}
         dsv3_tools.sample(folder / "FP8", layers=1, experts=arguments.experts, shards=2, overrides=shape)
-        CANDIDATES["BF16"](folder / "FP8", folder / "BF16")
-        print("| candidate, against FP8 | bytes | read | verify tensors | over reading | torch | over ours |")
-        print("|---|---|---|---|---|---|---|")
-        for name, make in CANDIDATES.items():
-            candidate = folder / name
-            if not candidate.exists():
-                make(folder / "FP8", candidate)
-            print(row(name, folder / "FP8", candidate, arguments.workers, arguments.rounds))
-            if name != "BF16":
-                shutil.rmtree(candidate)
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        for (reference, candidate), make in PAIRS.items():
+            sides = folder / reference, folder / candidate
+            if not sides[1].exists():
+                make(*sides)
+            cells = measured(*sides, arguments.workers, arguments.rounds, cold=arguments.cold)
+            print(f"| {' | '.join((reference, candidate, *cells))} |", flush=True)
+            if candidate not in {name for name, _ in PAIRS}:
+                shutil.rmtree(sides[1])
     finally:
         shutil.rmtree(folder)
 
 
-def row(name: str, reference: Path, candidate: Path, workers: int, rounds: int) -> str:
-    read_all(reference, candidate, workers)
-    report = dsv3_tools.verify_tensors(reference, candidate, workers=workers, sample=3)  # compiles
-    seconds: dict[str, list[float]] = {"read": [], "ours": [], "torch": []}
-    for _ in range(rounds):
-        seconds["read"].append(timed(lambda: read_all(reference, candidate, workers)))
-        began = time.perf_counter()
+def measured(reference: Path, candidate: Path, workers: int, rounds: int, *, cold: bool) -> list[str]:
+    def prepare() -> None:
+        if cold:
+            forget(reference, candidate)
+
+    def verify() -> None:
         report = dsv3_tools.verify_tensors(reference, candidate, workers=workers)
-        seconds["ours"].append(time.perf_counter() - began)
         assert report.passed, report.problems[0]
-        seconds["torch"].append(plain(reference, candidate, report.nbytes))
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    over = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["read"], strict=True))
-    slower = statistics.median(a / b for a, b in zip(seconds["torch"], seconds["ours"], strict=True))
-    return (
-        f"| {name} | {report.nbytes / 1e9:.2f} GB | {median['read']:.2f} s | {median['ours']:.2f} s | "
-        f"{over:.2f} | {median['torch']:.1f} s | {slower:.1f} |"
-    )
+
+    report = dsv3_tools.verify_tensors(reference, candidate, workers=workers, sample=3)  # compiles
+    read_all(reference, candidate, workers)
+    reading, verifying = [], []
+    for _ in range(rounds):
+        prepare()
+        reading.append(timed(lambda: read_all(reference, candidate, workers)))
+        prepare()
+        verifying.append(timed(verify))
+    report = dsv3_tools.verify_tensors(reference, candidate, workers=workers)
+    gigabytes = report.nbytes / 1e9
+    cells = [f"{gigabytes:.2f} GB"]
+    for seconds in map(statistics.median, (reading, verifying)):
+        cells += [f"{seconds:.3f} s", f"{gigabytes / seconds:.1f}"]
+    over = statistics.median(a / b for a, b in zip(verifying, reading, strict=True))
+    return [*cells, f"{over:.2f}"]
 
 
 def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def forget(*folders: Path) -> None:
+    """Has the system drop the shards from its page cache."""
+    for folder in folders:
+        for path in folder.glob("*.safetensors"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)  # what is not on disk yet stays in the cache
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def read_all(reference: Path, candidate: Path, workers: int) -> None:
@@ -125,43 +146,6 @@ def read_all(reference: Path, candidate: Path, workers: int) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def plain(reference: Path, candidate: Path, nbytes: int) -> float:
-    """Returns the seconds that plain torch would take for all bytes, from those for a few weights."""
-    seconds, done = 0.0, 0
-    with dsv3_tools.Checkpoint(reference) as ours, dsv3_tools.Checkpoint(candidate) as theirs:
-        stored = [{w.full_name: w for w in read_stored(side).weights} for side in (ours, theirs)]
-        names = [name for name in stored[0] if ".experts." in name][:NUM_TORCH]
-        for name in names:
-            began = time.perf_counter()
-            a, b = (
-                in_torch(side, weights[name]) for side, weights in zip((ours, theirs), stored, strict=True)
-            )
-            error = (a - b).square().sum()
-            ratio = a.square().sum() / error
-            assert float(ratio) > 50 or not bool(torch.isfinite(ratio))
-            seconds += time.perf_counter() - began
-            for side, weights in zip((ours, theirs), stored, strict=True):
-                done += sum(side.specs[part].nbytes for part in weights[name].parts.values())
-    return seconds * nbytes / done
-
-
-def in_torch(checkpoint: dsv3_tools.Checkpoint, weight) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    from dsv3_tools.kernels import reference, reference_integer
-
-    parts = {part: checkpoint.read(name) for part, name in weight.parts.items()}
-    if weight.format.name == "fp8_block":
-        return reference.dequantize_fp8_block(parts["weight"], parts["weight_scale_inv"], dtype=torch.float32)
-    if weight.format.name == "int8_channel":
-        return reference_integer.dequantize_int8_channel(
-            parts["weight"], parts["weight_scale"], dtype=torch.float32
-        )
-    if weight.format.name == "int4_packed":
-        return reference_integer.dequantize_int4_group(
-            parts["weight_packed"], parts["weight_scale"], dtype=torch.float32
-        )
-    return parts["weight"].float()
 
 
 if __name__ == "__main__":

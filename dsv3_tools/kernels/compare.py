@@ -1,4 +1,6 @@
-"""Compares weights on the CPU: equality of bytes, and for each block the sums and maxima of its errors.
+"""For each block of a weight the sums and maxima of its errors, on the CPU, from decoded weights.
+
+`cpu_errors.py` measures the same of codes as they are stored, where they allow it, several times as fast.
 
 How: like the other CPU kernels, every inner loop walks one row without branches, so that it becomes vector
 code; sums are kept by column (in float32, over 128 rows at most) and added up in float64 once per block.
@@ -13,17 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_tools.kernels.cpu_bits import as_float32, as_uint32, widen
+from dsv3_tools.kernels.cpu_errors import BLOCK
 from dsv3_tools.kernels.jit import cached, compiled
 
-__all__ = ["BLOCK", "BlockErrors", "Steps", "compare_blocks", "first_difference"]
+__all__ = ["BLOCK", "BlockErrors", "Steps", "compare_blocks"]
 
 float32, uint32 = np.float32, np.uint32
 
-BLOCK = 128
-"""Rows and columns of the blocks that errors are summed over."""
-
 _TILE = 1024  # columns, a multiple of BLOCK
-_CHUNK = 512  # words: as long as the loop takes to start, short enough to stop early
 _EXPONENT = uint32(0x7F80_0000)
 _SMALLEST_NORMAL = uint32(0x3C80_0000)  # 2**-6 of e4m3, below which its steps stay 2**-9
 _TWO_POW_254 = uint32(0x7F00_0000)
@@ -70,15 +69,6 @@ class BlockErrors(NamedTuple):
         return cls(*np.zeros((6, *grid)))
 
 
-def first_difference(a: Array, b: Array) -> int:
-    """Returns the index of the first byte in which two uint8 arrays of one length differ, or -1."""
-    whole = a.size // 8 * 8
-    index = int(_first_difference(a[:whole].view(np.uint64), b[:whole].view(np.uint64)))
-    start = whole if index < 0 else 8 * index
-    differing = np.flatnonzero(a[start : start + 8] != b[start : start + 8])
-    return start + int(differing[0]) if differing.size else -1
-
-
 def compare_blocks(
     original: Array,
     other: Array,
@@ -116,24 +106,6 @@ def compare_blocks(
         float32(1.0 / clamp),
         *out,
     )
-
-
-@compiled
-def _differ(a: Any, b: Any) -> Any:
-    found = np.uint64(0)
-    for j in range(a.size):
-        found |= a[j] ^ b[j]
-    return found != np.uint64(0)
-
-
-@cached
-def _first_difference(a: Any, b: Any) -> Any:
-    for start in range(0, a.size, _CHUNK):
-        if _differ(a[start : start + _CHUNK], b[start : start + _CHUNK]):
-            for j in range(start, min(a.size, start + _CHUNK)):
-                if a[j] != b[j]:
-                    return j
-    return -1
 
 
 @compiled

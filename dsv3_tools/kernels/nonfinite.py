@@ -13,9 +13,9 @@ import numpy as np
 
 from dsv3_tools.kernels.jit import cached, compiled
 
-__all__ = ["count_nonfinite", "first_nonfinite"]
+__all__ = ["SMALLEST_NONFINITE", "count_nonfinite", "first_nonfinite"]
 
-_THRESHOLD: dict[str, Any] = {
+SMALLEST_NONFINITE: dict[str, Any] = {
     "BF16": np.uint16(0x7F80),
     "F16": np.uint16(0x7C00),
     "F32": np.uint32(0x7F80_0000),
@@ -35,13 +35,13 @@ def count_nonfinite(data: np.ndarray[Any, np.dtype[np.uint8]], dtype: str) -> in
         data: the tensor's little-endian bytes, contiguous, uint8, a whole number of elements.
         dtype: safetensors' name of the dtype, such as "BF16".
     """
-    threshold = _THRESHOLD.get(dtype)
+    threshold = SMALLEST_NONFINITE.get(dtype)
     return 0 if threshold is None else int(_count(_elements(data, threshold), threshold))
 
 
 def first_nonfinite(data: np.ndarray[Any, np.dtype[np.uint8]], dtype: str) -> int | None:
     """Returns the index of the first element that is NaN or infinite, or None; arguments as above."""
-    threshold = _THRESHOLD.get(dtype)
+    threshold = SMALLEST_NONFINITE.get(dtype)
     index = -1 if threshold is None else int(_first(_elements(data, threshold), threshold))
     return None if index < 0 else index
 

@@ -6,18 +6,18 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dsv3_tools.checkpoint.dtypes import DTYPES
-from dsv3_tools.conversion.buffers import as_array
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.formats import Dense
+from dsv3_tools.verify.equality import common_dtype, count_if_equal, rows_at_once
 from dsv3_tools.verify.expectations import CLAMP_STEPS, HALF_STEP, Expectation, label
 from dsv3_tools.verify.pairs import Pair
 from dsv3_tools.verify.results import TensorResult
-from dsv3_tools.verify.stripes import Buffers, Side, matrix_shape, stripes
+from dsv3_tools.verify.sides import Side, bits_of
+from dsv3_tools.verify.stripes import DECODED_ELEMENTS, STORED_ELEMENTS, Buffers, matrix_shape, stripes
 
 if TYPE_CHECKING:
     from dsv3_tools.checkpoint.reader import Checkpoint
-    from dsv3_tools.kernels.compare import BlockErrors
+    from dsv3_tools.kernels.compare import BlockErrors, Steps
 
 __all__ = ["Comparer"]
 
@@ -45,9 +45,11 @@ class Comparer:
         wrong = [*reference.fixed_problems(), *candidate.fixed_problems()]
         if wrong:
             return replace(result, problem=wrong[0])
-        equal, nonfinite = self._are_equal(reference, candidate, pair, expected)
-        if equal:
-            return replace(result, nonfinite=nonfinite)
+        if expected.equality is not None:
+            shape, buffers = pair.reference.shape, self._buffers
+            nonfinite = count_if_equal(reference, candidate, expected.equality, shape, buffers, self.check)
+            if nonfinite is not None:
+                return replace(result, nonfinite=nonfinite)
         measured = _Measurement(self, reference, candidate, pair, expected)
         found = measured.result(result)
         if measured.has_wrong_code and not expected.swapped and not isinstance(reference.format, Dense):
@@ -59,33 +61,6 @@ class Comparer:
     def check(self) -> None:
         """Ends the work if somebody has asked for that."""
         self._stop.check()
-
-    def _are_equal(
-        self, reference: Side, candidate: Side, pair: Pair, expected: Expectation
-    ) -> tuple[bool, int]:
-        """Returns whether the two are equal in the expected way, and how many elements are not finite."""
-        if expected.equality is None:
-            return False, 0
-        from dsv3_tools.kernels.compare import first_difference
-
-        nonfinite = 0
-        for top, height in stripes(pair.reference.shape, (reference.format, candidate.format)):
-            self.check()
-            ours, theirs = reference.read(top, height), candidate.read(top, height)
-            if expected.equality == "bytes":
-                from dsv3_tools.kernels.nonfinite import count_nonfinite
-
-                both = list(zip(ours.values(), theirs.values(), strict=True))
-                code_dtype = candidate.format.code_dtype
-                nonfinite += count_nonfinite(as_array(theirs[candidate.format.weight_part]), code_dtype)
-            else:
-                dtype = _common_dtype(reference, candidate)
-                ours_decoded, count = reference.decode(ours, dtype)
-                theirs_decoded, more = candidate.decode(theirs, dtype)
-                both, nonfinite = [(ours_decoded, theirs_decoded)], nonfinite + max(count, more)
-            if any(first_difference(as_array(a), as_array(b)) >= 0 for a, b in both):
-                return False, 0
-        return True, nonfinite
 
 
 class _Measurement:
@@ -117,16 +92,22 @@ class _Measurement:
 
     def result(self, result: TensorResult) -> TensorResult:
         """Returns `result` with the errors and the verdict."""
-        for top, height in stripes(self._shape, (self._reference.format, self._candidate.format)):
+        formats = self._reference.format, self._candidate.format
+        elements = STORED_ELEMENTS if self._through is None else DECODED_ELEMENTS
+        for stripe in stripes(self._shape, formats, elements):
             self._comparer.check()
-            self._measure(top, height)
+            if self._expected.lossy is None or not self._measure_codes(*stripe):
+                for part in stripes(self._shape, formats, within=stripe):
+                    self._comparer.check()
+                    self._measure_decoded(*part)
+        self._locate()
         errors = self._errors
         signal, error = float(errors.signal.sum()), float(errors.error.sum())
         peak = float(errors.peak.max())
         found = replace(
             result,
             num_equal=int(errors.same.sum()) - self._differing_nonfinite,
-            snr=None if error == 0 else 10 * math.log10(signal / error) if signal > 0 else -math.inf,
+            snr=_decibels(signal, error),
             max_error=float(errors.largest.max()) / peak if peak else 0.0,
             max_steps=float(errors.steps.max()) if self._has_steps else None,
             worst_block=_worst_block(errors),
@@ -139,41 +120,64 @@ class _Measurement:
         """Whether a code is not the nearest one."""
         return self._expected.nearest and self._farthest[0] > HALF_STEP
 
-    def _measure(self, top: int, height: int) -> None:
+    def _measure_codes(self, top: int, height: int) -> bool:
+        """Measures codes without decoding them first; returns whether that is possible."""
+        from dsv3_tools.kernels.cpu_errors import Coded, measure_codes
+
+        finer, other = self._reference, self._candidate
+        if self._expected.swapped:
+            finer, other = other, finer
+        at_once = rows_at_once(finer, other)
+        if self._through is None:
+            original = finer.coded(top, height, at_once)
+        else:
+            original = Coded.floats(bits_of(finer.decode(finer.read(top, height), self._through)[0]))
+        codes = other.coded(top, height, at_once)
+        if original is None or codes is None:
+            return False
+        slack, clamp = self._expected.slack, CLAMP_STEPS / HALF_STEP
+        farthest = measure_codes(
+            original, codes, self._errors, rows=height, top=top, slack=slack, clamp=clamp
+        )
+        self._has_steps |= farthest is not None
+        return farthest is not None
+
+    def _measure_decoded(self, top: int, height: int) -> None:
+        """Measures weights of any formats, with whatever numbers in them."""
         import numpy as np
 
         from dsv3_tools.kernels.compare import compare_blocks
 
-        expected, steps = self._expected, None
-        ours, theirs = self._reference.read(top, height), self._candidate.read(top, height)
-        if expected.lossy is None:
-            dtype = _common_dtype(self._reference, self._candidate)
-            original, count = self._reference.decode(ours, dtype)
-            other, more = self._candidate.decode(theirs, dtype)
-            original, other = original.float(), other.float()
-        elif expected.swapped:
-            original, count = self._candidate.decode(theirs, _finest(self._candidate))
-            other, more, steps, usable = self._reference.decode_with_steps(ours)
-            self._bad_scales |= not usable
-        else:
-            original, count = self._reference.decode(ours, self._through or _finest(self._reference))
-            other, more, steps, usable = self._candidate.decode_with_steps(theirs)
-            self._bad_scales |= not usable
+        expected = self._expected
+        a, b, nonfinite, steps = self._decoded(top, height)
         self._has_steps |= steps is not None
-        width = matrix_shape(self._shape)[1]
-        a, b = _bits(original).reshape(-1, width), _bits(other).reshape(-1, width)
-        if count or more:
+        if nonfinite:
             a, b = self._without_nonfinite(a, b, top)
         if self._first is None and expected.lossy is None and (a != b).any():
             place = np.unravel_index(int(np.argmax(a != b)), a.shape)
             self._first = self._place(top, place, b[place].view(np.float32), a[place].view(np.float32))
-        before = self._errors.steps.max()
         compare_blocks(
             a, b, self._errors, top=top, steps=steps, slack=expected.slack, clamp=CLAMP_STEPS / HALF_STEP
         )
-        farthest = float(self._errors.steps.max())
-        if farthest > max(float(before), HALF_STEP):
-            self._locate(a, b, top, farthest)
+
+    def _decoded(self, top: int, height: int) -> tuple[Any, Any, int, Steps | None]:
+        """Returns both sides' weights as bits, the finer one first, how many are not finite, and steps."""
+        ours, theirs = self._reference.read(top, height), self._candidate.read(top, height)
+        steps, usable = None, True
+        if self._expected.lossy is None:
+            dtype = common_dtype(self._reference, self._candidate)
+            original, count = self._reference.decode(ours, dtype)
+            other, more = self._candidate.decode(theirs, dtype)
+            original, other = original.float(), other.float()
+        elif self._expected.swapped:
+            original, count = self._candidate.decode(theirs, _finest(self._candidate))
+            other, more, steps, usable = self._reference.decode_with_steps(ours)
+        else:
+            original, count = self._reference.decode(ours, self._through or _finest(self._reference))
+            other, more, steps, usable = self._candidate.decode_with_steps(theirs)
+        self._bad_scales |= not usable
+        width = matrix_shape(self._shape)[1]
+        return bits_of(original).reshape(-1, width), bits_of(other).reshape(-1, width), count + more, steps
 
     def _without_nonfinite(self, a: Any, b: Any, top: int) -> tuple[Any, Any]:
         """Returns both with zeros where one is not finite, having counted and named those."""
@@ -190,19 +194,30 @@ class _Measurement:
             np.uint32
         )
 
-    def _locate(self, a: Any, b: Any, top: int, farthest: float) -> None:
-        """Notes the element with the largest error in the block with the largest error in steps."""
+    def _locate(self) -> None:
+        """Notes the most steps if they are too many, and their block's element with the largest error."""
         import numpy as np
 
         from dsv3_tools.kernels.compare import BLOCK
 
-        row, column = map(int, np.unravel_index(int(np.argmax(self._errors.steps)), self._errors.steps.shape))
-        rows = slice(max(0, row * BLOCK - top), max(0, (row + 1) * BLOCK - top))
-        columns = slice(column * BLOCK, (column + 1) * BLOCK)
-        values, coded = _as_float32(a[rows, columns]), _as_float32(b[rows, columns])
-        place = np.unravel_index(int(np.argmax(np.abs(values - coded))), values.shape)
-        moved = (int(place[0]) + int(rows.start), int(place[1]) + int(columns.start))
-        self._farthest = (farthest, self._place(top, moved, coded[place], values[place]))
+        steps = self._errors.steps
+        if self._nonfinite or not steps.size or steps.max() <= HALF_STEP:
+            return
+        row, column = map(int, np.unravel_index(int(np.argmax(steps)), steps.shape))
+        columns, largest = slice(column * BLOCK, (column + 1) * BLOCK), -1.0
+        formats = self._reference.format, self._candidate.format
+        for top, height in stripes(self._shape, formats):
+            rows = slice(max(0, row * BLOCK - top), max(0, (row + 1) * BLOCK - top))
+            if rows.start >= height or rows.stop == 0:
+                continue
+            a, b, _, _ = self._decoded(top, height)
+            values, coded = _as_float32(a[rows, columns]), _as_float32(b[rows, columns])
+            errors = np.abs(values - coded)
+            place = np.unravel_index(int(np.argmax(errors)), values.shape)
+            if errors[place] > largest:
+                largest = float(errors[place])
+                moved = (int(place[0]) + int(rows.start), int(place[1]) + int(columns.start))
+                self._farthest = (float(steps.max()), self._place(top, moved, coded[place], values[place]))
 
     def _place(self, top: int, place: Any, found: Any, expected: Any) -> str:
         """Returns an element's index and what stands there, on the candidate's side and the reference's."""
@@ -244,22 +259,9 @@ class _Measurement:
         return None
 
 
-def _common_dtype(reference: Side, candidate: Side) -> str:
-    """Returns the type in which both sides are equal: the narrower one of those that are not quantized."""
-    dense = [side.format.dtype for side in (candidate, reference) if isinstance(side.format, Dense)]
-    return min(dense, key=lambda dtype: DTYPES[dtype].bits, default="F32")
-
-
 def _finest(side: Side) -> str:
     """Returns the type in which nothing of a side is lost, of those that the kernel takes."""
     return "BF16" if side.format == Dense("BF16") else "F32"
-
-
-def _bits(tensor: Any) -> Any:
-    """Returns a contiguous BF16 or float32 tensor's bits."""
-    import torch
-
-    return tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint32).numpy()
 
 
 def _as_float32(bits: Any) -> Any:
@@ -267,6 +269,13 @@ def _as_float32(bits: Any) -> Any:
 
     wide = bits.astype(np.uint32) << 16 if bits.dtype == np.uint16 else bits
     return np.ascontiguousarray(wide).view(np.float32)
+
+
+def _decibels(signal: float, error: float) -> float | None:
+    """Returns a ratio of sums of squares in dB; None without error. Float32 squares may be infinite."""
+    if error == 0:
+        return None
+    return 10 * math.log10(signal / error) if signal > 0 and error < math.inf else -math.inf
 
 
 def _worst_block(errors: BlockErrors) -> tuple[int, int] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 
 import dsv3_tools
 from dsv3_tools.conversion.progress import Progress, Stop
-from dsv3_tools.errors import Interrupted, UsageError
+from dsv3_tools.errors import CheckpointError, Interrupted, UsageError
 from dsv3_tools.formats import FORMATS, Dense, INT4Packed, INT8Block
-from dsv3_tools.kernels.compare import BlockErrors, Steps, compare_blocks, first_difference
+from dsv3_tools.kernels import cpu_equal, cpu_errors
+from dsv3_tools.kernels.compare import BlockErrors, Steps, compare_blocks
+from dsv3_tools.verify import sides
 from dsv3_tools.verify.expectations import CLAMP_STEPS, INT4_SNR, expectation
 from dsv3_tools.verify.stripes import stripes
 from dsv3_tools.verify.tensors import TensorReport
@@ -276,6 +280,14 @@ def test_one_flipped_bit(make: Callable[[str], Path], copied, name: str, part: s
         assert result.num_elements - result.num_equal == 1
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_an_element_whose_square_is_infinite(make: Callable[[str], Path], copied, name: str) -> None:
+    candidate = copied(make("bf16"))
+    edit(candidate, EXPERT.format(5) + ".weight", lambda bits: bits.__setitem__(3, 0x7F00), "<u2")
+    problem = only_problem(dsv3_tools.verify_tensors(make(name), candidate))
+    assert "1 of 32,768 elements differ: the first at [0, 3] is 1.70141e+38" in problem
+
+
 @pytest.mark.parametrize("name", ["bf16", "int8 channel", "int4"])
 def test_small_tensors(make: Callable[[str], Path], copied, name: str) -> None:
     candidate = copied(make(name))
@@ -417,6 +429,76 @@ def test_config_that_changes_the_model_is_noted(make: Callable[[str], Path], cop
     )
 
 
+# ----------------------------------------------------------------------------- its kernels, and without them
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every weight decoded before it is compared."""
+    monkeypatch.setattr(cpu_equal, "equal_nbytes", lambda *_: 0)
+    monkeypatch.setattr(cpu_equal, "are_equal_weights", lambda *_: False)
+    monkeypatch.setattr(cpu_errors, "measure_codes", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        *(
+            ("fp8", name)
+            for name in ("fp8", "bf16", "int8 block", "int8 channel", "int4", "awq", "int4 of bf16")
+        ),
+        *(("bf16", name) for name in ("fp8", "ue8m0", "int8 channel", "int4 asymmetric")),
+        ("int4", "fp8"),
+        ("int8 block", "int4"),
+    ],
+)
+def test_decoding_gives_the_same_report(
+    make: Callable[[str], Path],
+    copied,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: str,
+    name: str,
+    damaged: bool,
+) -> None:
+    candidate = copied(make(name))
+    if damaged:
+        chance = np.random.default_rng(3)
+        with dsv3_tools.Checkpoint(candidate) as opened:
+            names = [n for n, spec in opened.specs.items() if ".experts." in n and spec.nbytes > 1000]
+        for tensor in chance.choice(names, 20, replace=False):
+            edit(
+                candidate,
+                tensor,
+                lambda data: data.__setitem__(chance.integers(data.size), chance.integers(256)),
+            )
+    fast = dsv3_tools.verify_tensors(make(reference), candidate)
+    without_kernels(monkeypatch)
+    slow = dsv3_tools.verify_tensors(make(reference), candidate)
+    assert not (damaged and fast.passed)
+    for a, b in zip(fast.weights, slow.weights, strict=True):
+        for one, other in ((a.snr, b.snr), (a.max_steps, b.max_steps)):  # sums of floats in another order
+            assert one == (other if other is None else pytest.approx(other, rel=1e-6, abs=1e-5))
+        assert replace(a, snr=b.snr, max_steps=b.max_steps) == b
+    assert (fast.problems, fast.notes) == (slow.problems, slow.notes)
+
+
+@pytest.mark.parametrize("name", ["fp8", "bf16", "int8 channel", "int4"])
+def test_a_file_shortened_meanwhile(
+    make: Callable[[str], Path], copied, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    candidate = copied(make(name))
+    opened = sides.Side.read_ahead
+
+    def shorten(side: sides.Side, *arguments: Any) -> None:
+        for path in candidate.glob("*.safetensors"):
+            os.truncate(path, path.stat().st_size // 2)
+        opened(side, *arguments)
+
+    monkeypatch.setattr(sides.Side, "read_ahead", shorten)
+    with pytest.raises(CheckpointError, match="it was shortened after it was opened"):
+        dsv3_tools.verify_tensors(make("fp8"), candidate)
+
+
 # ---------------------------------------------------------------------------------------------- its pieces
 
 
@@ -440,15 +522,6 @@ def test_stripes_cover_every_row_once(shape: tuple[int, ...]) -> None:
         assert rows == list(range(len(rows)))
         if len(shape) == 2:
             assert len(rows) == shape[0]
-
-
-def test_first_difference() -> None:
-    a = np.arange(10_000, dtype="u4").view("u1")[:39_997]
-    assert first_difference(a, a.copy()) == -1
-    for place in (0, 7, 8, 12_345, 39_990, 39_996):
-        b = a.copy()
-        b[place] ^= 1
-        assert first_difference(a, b) == place
 
 
 @pytest.mark.parametrize("sign", [1, -1])
