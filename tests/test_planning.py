@@ -89,7 +89,7 @@ def test_deepseek_v3(
     assert (found["shards"], found["parameters"]) == (163, 684_489_845_504)
     assert found["index"] > 1_000_000
     assert found["heavy"] == []
-    assert found["seconds"] <= 10
+    assert found["seconds"] <= 40, "about 4 s; the bound leaves room for a busy machine"
     assert found["kib"] <= 600 * 1000
 
 

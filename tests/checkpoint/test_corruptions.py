@@ -25,7 +25,7 @@ def test_refused_in_one_line_that_names_the_culprit(checkpoint: Path, name: str)
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(checkpoint)
 
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 10
     message = str(caught.value)
     assert message.isprintable(), "more than one line, or a control character"
     assert CULPRITS[name] in message

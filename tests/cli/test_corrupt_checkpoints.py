@@ -91,7 +91,7 @@ def test_refused_by_every_command(
         for options in ([], ["--json"]):
             began = time.monotonic()
             outcome = dsv3(*command_line(command, bad, pristine_bf16, out), *options)
-            assert time.monotonic() - began < 5, command
+            assert time.monotonic() - began < 20, command
             assert outcome.code in ((3, 4) if command in ANSWERING else (3,)), (command, outcome)
             assert outcome.error_line.isprintable()
             if options:

@@ -231,6 +231,7 @@ class Tools:
             child = os.fork()
         if child == 0:
             gc.disable()  # a collection would write to every object, and so copy the parent's memory
+            torch.set_num_threads(1)  # two threads that first meet torch's pool after a fork can find it gone
             try:
                 act()
             except BaseException:

@@ -195,7 +195,7 @@ def test_second_run_names_the_first(case, tools, tmp_path):
                 began = time.monotonic()
                 with pytest.raises(DestinationError) as caught:
                     case.convert(out, overwrite=overwrite)
-                assert time.monotonic() - began < 2
+                assert time.monotonic() - began < 20
                 assert f"process {first.pid} on {socket.gethostname()}" in str(caught.value)
             assert first.poll() is None
             assert tools.identity(out / ".dsv3" / "plan.json") == before
