@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from dsv3_tools.conversion.api_integer import convert_int4_to_bf16, convert_int8_to_bf16
     from dsv3_tools.conversion.api_mtp import SplitResult, merge_mtp, split_mtp
     from dsv3_tools.conversion.api_quantize import quantize_int4, quantize_int8
+    from dsv3_tools.conversion.card import CardResult, card
     from dsv3_tools.conversion.executor import RunResult
     from dsv3_tools.conversion.plan import Plan
     from dsv3_tools.conversion.progress import Progress, Stop
+    from dsv3_tools.conversion.push import PushResult, push
     from dsv3_tools.conversion.ranks import Ranks
     from dsv3_tools.conversion.sample import SampleResult, sample
     from dsv3_tools.errors import Dsv3Error
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CardResult",
     "CheckReport",
     "Checkpoint",
     "Dsv3Error",
@@ -49,6 +52,7 @@ __all__ = [
     "MtpReport",
     "Plan",
     "Progress",
+    "PushResult",
     "Ranks",
     "RunResult",
     "SampleResult",
@@ -57,6 +61,7 @@ __all__ = [
     "StructureReport",
     "TensorReport",
     "__version__",
+    "card",
     "check",
     "convert_bf16_to_fp8",
     "convert_fp8_to_bf16",
@@ -65,6 +70,7 @@ __all__ = [
     "convert_to_deepseek_infer",
     "inspect",
     "merge_mtp",
+    "push",
     "quantize_int4",
     "quantize_int8",
     "sample",
@@ -77,6 +83,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CardResult": "dsv3_tools.conversion.card",
     "CheckReport": "dsv3_tools.verify.check",
     "Checkpoint": "dsv3_tools.checkpoint.reader",
     "Dsv3Error": "dsv3_tools.errors",
@@ -86,6 +93,7 @@ _HOMES = {
     "MtpReport": "dsv3_tools.verify.mtp",
     "Plan": "dsv3_tools.conversion.plan",
     "Progress": "dsv3_tools.conversion.progress",
+    "PushResult": "dsv3_tools.conversion.push",
     "Ranks": "dsv3_tools.conversion.ranks",
     "RunResult": "dsv3_tools.conversion.executor",
     "SampleResult": "dsv3_tools.conversion.sample",
@@ -93,6 +101,7 @@ _HOMES = {
     "Stop": "dsv3_tools.conversion.progress",
     "StructureReport": "dsv3_tools.verify.structure",
     "TensorReport": "dsv3_tools.verify.tensors",
+    "card": "dsv3_tools.conversion.card",
     "check": "dsv3_tools.verify.check",
     "convert_bf16_to_fp8": "dsv3_tools.conversion.api",
     "convert_fp8_to_bf16": "dsv3_tools.conversion.api",
@@ -101,6 +110,7 @@ _HOMES = {
     "convert_to_deepseek_infer": "dsv3_tools.conversion.api_deepseek_infer",
     "inspect": "dsv3_tools.verify.inspection",
     "merge_mtp": "dsv3_tools.conversion.api_mtp",
+    "push": "dsv3_tools.conversion.push",
     "quantize_int4": "dsv3_tools.conversion.api_quantize",
     "quantize_int8": "dsv3_tools.conversion.api_quantize",
     "sample": "dsv3_tools.conversion.sample",

@@ -9,6 +9,7 @@
     ├── DestinationError       disk full, not writable, locked, another run's      exit 5
     │                          leftovers
     ├── VerificationFailed     the check ran and the answer is no                  exit 4
+    ├── NetworkError           the Hub could not be reached, or refused            exit 7
     └── Interrupted            a signal asked the run to stop                      exit 128 + signal
 
 A message is one line: *where: what is wrong, got X, expected Y (why); what to do*.
@@ -25,6 +26,7 @@ __all__ = [
     "FormatError",
     "HeaderError",
     "Interrupted",
+    "NetworkError",
     "PlanError",
     "UsageError",
     "VerificationFailed",
@@ -85,6 +87,12 @@ class VerificationFailed(Dsv3Error):
     """A check ran to its end and the answer is no."""
 
     exit_code = 4
+
+
+class NetworkError(Dsv3Error):
+    """The Hub could not be reached, or did not do what it was asked; later it may."""
+
+    exit_code = 7
 
 
 class Interrupted(Dsv3Error):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.hub.server import FakeHub
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +35,9 @@ SMALL = {
 }
 """Dimensions with partial blocks along both axes, several blocks, a dense layer, two MoE layers and MTP."""
 
+UPLOAD_WARNING = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
+"""What httpx2 says about how huggingface_hub sends large objects."""
+
 SIDE_FILES = {
     "LICENSE": "MIT\n",
     "chat_template.jinja": "{{ messages }}\n",
@@ -41,7 +48,10 @@ SIDE_FILES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs more GPUs than there are, and says so."""
+    """Skips what needs more GPUs than there are, and says so; lets huggingface_hub upload the way it does."""
+    for item in items:
+        if "hub" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.filterwarnings(UPLOAD_WARNING))
     needed = {"gpu": 1, "multi_gpu": 2}
     marked = [
         (item, count) for item in items for marker, count in needed.items() if item.get_closest_marker(marker)
@@ -92,3 +102,35 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
 def miniature() -> Path:
     """The shipped model in FP8, whose weights are trained; must not be written to."""
     return ROOT / "miniature" / "checkpoint"
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A hub without repos; the test fails if the hub itself made a mistake."""
+    from huggingface_hub.utils import _http
+
+    from tests.hub.server import FakeHub
+
+    with FakeHub() as serving:
+        yield serving
+    _http.close_session()
+    assert not serving.errors, "\n".join(serving.errors)
+
+
+@pytest.fixture
+def waits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, hub_home: Path) -> list[float]:
+    """Plain calls of huggingface_hub use `hub`, and this lists the waits they skip before another attempt."""
+    from tests.hub.client import redirect
+
+    return redirect(monkeypatch, hub.url, hub_home)
+
+
+@pytest.fixture
+def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where huggingface_hub keeps its cache."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def client(waits: list[float]) -> None:
+    """As `waits`, for tests that ask for no list."""

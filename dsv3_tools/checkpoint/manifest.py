@@ -10,18 +10,32 @@ from typing import Any
 from dsv3_tools.checkpoint.header import load_json
 from dsv3_tools.errors import CheckpointError, HeaderError
 
-__all__ = ["MANIFEST_NAME", "MAX_MANIFEST_BYTES", "encode_manifest", "parse_manifest"]
+__all__ = [
+    "FIGURES_NAME",
+    "MANIFEST_NAME",
+    "MAX_MANIFEST_BYTES",
+    "encode_manifest",
+    "manifest_sha256",
+    "parse_manifest",
+]
 
 MANIFEST_NAME = "dsv3_manifest.json"
 MAX_MANIFEST_BYTES = 50_000_000
+
+FIGURES_NAME = "dsv3_figures.json"
+"""Figures of `dsv3 verify`, for the model card; of this result alone, and in no manifest."""
 
 _OWN_HASH = "manifest_sha256"
 
 
 def encode_manifest(document: Mapping[str, Any]) -> bytes:
     """Returns the manifest's text; its last key is the SHA-256 of all the others."""
-    digest = hashlib.sha256(_text(document)).hexdigest()
-    return _text({**document, _OWN_HASH: digest})
+    return _text({**document, _OWN_HASH: manifest_sha256(document)})
+
+
+def manifest_sha256(document: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 that a manifest states of itself."""
+    return hashlib.sha256(_text(document)).hexdigest()
 
 
 def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
@@ -37,7 +51,7 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
         raise CheckpointError(f"{where}: not a manifest of dsv3-tools")
     digest = document.pop(_OWN_HASH, None)
-    if hashlib.sha256(_text(document)).hexdigest() != digest or encode_manifest(document) != text:
+    if manifest_sha256(document) != digest or encode_manifest(document) != text:
         raise CheckpointError(f"{where}: does not have the SHA-256 that it states of itself; it was changed")
     return document
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.index import INDEX_NAME
-from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.errors import CheckpointError
 
-__all__ = ["WORK_FOLDER", "hub_blob_sha256", "read_small_file", "regular_file", "side_files"]
+__all__ = ["WORK_FOLDER", "hub_blob_sha256", "may_travel", "read_small_file", "regular_file", "side_files"]
 
 WORK_FOLDER = ".dsv3"
 
@@ -22,7 +21,7 @@ _TRAVELS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "
 _STAYS = (
     INDEX_NAME,
     CONFIG_NAME,
-    MANIFEST_NAME,
+    "dsv3_*.json",  # what this program says of one result: manifest, figures, where it was uploaded
     # Say how the weights are quantized, which a conversion changes: wrong beside the new weights.
     "hf_quant_config.json",
     "quant_cfg.json",
@@ -100,15 +99,19 @@ def side_files(directory: Path, shards: Container[str]) -> tuple[list[str], list
         name = entry.name
         if name in (CONFIG_NAME, INDEX_NAME) or name in shards:
             continue
-        wanted = any(fnmatch(name, p) for p in _TRAVELS)
-        wanted = wanted and not any(fnmatch(name.lower(), p) for p in _STAYS)
         path = directory / name  # unlike its entry, says False of a link that leads round in a circle
-        if wanted and path.is_file() and name.isprintable():
+        if may_travel(name) and path.is_file():
             regular_file(directory, name)
             travel.append(name)
         else:
             stay.append(name + "/" if path.is_dir() else name)
     return travel, stay
+
+
+def may_travel(name: str) -> bool:
+    """Whether a file of this name belongs to a result as it is."""
+    wanted = any(fnmatch(name, pattern) for pattern in _TRAVELS)
+    return wanted and name.isprintable() and not any(fnmatch(name.lower(), pattern) for pattern in _STAYS)
 
 
 def _hub_blobs(root: Path) -> Path | None:

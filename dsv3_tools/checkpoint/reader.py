@@ -1,51 +1,53 @@
-"""A checkpoint on disk: headers at once, tensors when asked for, never written to."""
+"""A checkpoint in a directory or on the Hub: headers at once, tensors when asked for, never written to."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, ModelConfig, parse_config
-from dsv3_tools.checkpoint.deepseek_infer import holds_ranks
 from dsv3_tools.checkpoint.dtypes import torch_dtype
-from dsv3_tools.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header
+from dsv3_tools.checkpoint.files import Files, LocalFiles, ShardFile
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
-from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file, regular_file
+from dsv3_tools.checkpoint.source import Source, SourceLike, parse_source
 from dsv3_tools.checkpoint.specs import TensorSpec
-from dsv3_tools.errors import CheckpointError, HeaderError, join_problems
+from dsv3_tools.errors import CheckpointError, join_problems
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "ShardFile", "read_shard_header"]
+__all__ = ["Checkpoint"]
 
 SINGLE_FILE_NAME = "model.safetensors"
 
-
-@dataclass(frozen=True, slots=True)
-class ShardFile:
-    """One shard of a checkpoint: its header, and what tells whether the file has changed since."""
-
-    name: str
-    path: Path
-    header: Header
-    nbytes: int
-    mtime_ns: int
-    ctime_ns: int
-    header_sha256: str
+_RANGE_NBYTES = 1 << 20
+"""Most bytes that are read over the network by themselves, for want of their shard."""
 
 
 class Checkpoint:
-    """A directory of safetensors shards, opened lazily and read-only.
+    """Safetensors shards in a directory or in a model on the Hub, opened lazily and read-only.
 
-    Opening reads `config.json`, the index and every shard's header, and refuses a directory whose
-    files do not agree; no tensor is read. A Hugging Face cache snapshot opens like any directory.
+    Opening reads `config.json`, the index and every shard's header, and refuses files that do not agree; no
+    tensor is read. A Hugging Face cache snapshot opens like any directory. Of a model on the Hub nothing else
+    comes here at first: a shard is fetched whole, into the Hugging Face cache, when more than a little of it
+    is read.
+
+    Args:
+        source: a directory, or `org/name`, `hf://org/name@revision` on the Hub.
+
+    Attributes:
+        source: the directory, or the model on the Hub with the commit that it had at first contact.
+        config_json: `config.json` as it is.
+        config: what this program needs of it.
+        weight_map: the shard of every tensor.
+        shards: every shard's header.
+        specs: dtype and shape of every tensor.
 
     Example:
         >>> with Checkpoint("miniature/checkpoint") as checkpoint:
@@ -53,17 +55,18 @@ class Checkpoint:
         TensorSpec(dtype='BF16', shape=(2048, 256))
 
     Raises:
-        CheckpointError: what is wrong with the directory, all of it in one message.
+        CheckpointError: what is wrong with the files, all of it in one message.
+        NetworkError: the Hub could not be asked.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
-        _check_directory(self.directory)
-        self.config_json: Mapping[str, Any] = parse_config(
-            read_small_file(self.directory, CONFIG_NAME, MAX_CONFIG_BYTES), str(self.directory / CONFIG_NAME)
-        )
-        self.config = ModelConfig.from_dict(self.config_json, str(self.directory / CONFIG_NAME))
-        self.has_index = os.path.lexists(self.directory / INDEX_NAME)
+    def __init__(self, source: SourceLike) -> None:
+        self._files = _open_files(parse_source(source))
+        self.source: Source = self._files.source
+        where = self.where(CONFIG_NAME)
+        config = self.read_file(CONFIG_NAME, MAX_CONFIG_BYTES)
+        self.config_json: Mapping[str, Any] = parse_config(config, where)
+        self.config = ModelConfig.from_dict(self.config_json, where)
+        self.has_index = self.has_file(INDEX_NAME)
         self.weight_map: Mapping[str, str] = self._read_weight_map() if self.has_index else {}
         self.shards: Mapping[str, ShardFile] = self._read_headers()
         if not self.has_index:
@@ -93,6 +96,68 @@ class Checkpoint:
         """Bytes of all tensors, without headers."""
         return sum(spec.nbytes for spec in self.specs.values())
 
+    def where(self, name: str) -> str:
+        """Returns what messages call a file."""
+        return f"{self.source}/{name}"
+
+    def has_file(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return self._files.exists(name)
+
+    def read_file(self, name: str, max_nbytes: int) -> bytes:
+        """Returns a small file beside the shards.
+
+        Raises:
+            CheckpointError: no such file, larger, or not readable.
+        """
+        return self._files.read(name, max_nbytes)
+
+    def folder_of(self, names: Collection[str]) -> Path:
+        """Returns a directory in which those small files of `names` are that exist, for what reads files."""
+        return self._files.folder_of(names)
+
+    def side_files(self) -> tuple[list[str], list[str]]:
+        """Returns which files travel with a conversion, and which stay behind; see `paths.side_files`."""
+        return self._files.side_files(self.shards)
+
+    def is_kept(self, shard: str) -> bool:
+        """Whether a shard is on a disk of this machine and will stay there."""
+        return self._files.is_kept(shard)
+
+    def fetch(self, shard: str, folder: Path | None, check: Callable[[], None]) -> None:
+        """Brings a shard here if it is not: into `folder`, or into the Hugging Face cache, to stay.
+
+        Raises:
+            NetworkError: it could not be had.
+            DestinationError: it could not be written.
+            Interrupted: by `check`, which is called every now and then.
+        """
+        self._files.fetch(shard, folder, check)
+
+    def discard(self, shard: str) -> None:
+        """Removes a shard that was fetched into a folder; leaves any other."""
+        with self._lock:
+            descriptor = self._descriptors.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        self._files.discard(shard)
+
+    def path(self, shard: str) -> Path:
+        """Returns where a shard is on disk, fetched first if it is not here."""
+        return self._files.path(shard)
+
+    def check_unchanged(self, shard: str) -> None:
+        """Refuses a shard that was written to since it was opened or fetched.
+
+        Raises:
+            CheckpointError: time or size differ.
+        """
+        status = os.fstat(self.descriptor(shard))
+        if (status.st_mtime_ns, status.st_size) != self._files.stamp(shard):
+            raise CheckpointError(
+                f"{self.where(shard)}: was written to during the run; run the same command again"
+            )
+
     def location(self, name: str) -> tuple[str, int]:
         """Returns the shard of a tensor and the offset of its first byte in that file."""
         shard = self.weight_map[name]
@@ -113,15 +178,18 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ended early or could not be read.
         """
+        if len(buffer) <= _RANGE_NBYTES and not self._files.is_here(shard):
+            buffer[:] = self._files.read_range(shard, position, len(buffer))
+            return
         descriptor, done = self.descriptor(shard), 0
         while done < len(buffer):
             try:
                 count = os.preadv(descriptor, [buffer[done:]], position + done)
             except OSError as error:
-                raise CheckpointError(f"{self.shards[shard].path}: {what}: {error.strerror}") from error
+                raise CheckpointError(f"{self.where(shard)}: {what}: {error.strerror}") from error
             if count == 0:
                 raise CheckpointError(
-                    f"{self.shards[shard].path}: {what}: the file ended at byte {position + done:,}; "
+                    f"{self.where(shard)}: {what}: the file ended at byte {position + done:,}; "
                     "it was shortened after it was opened"
                 )
             done += count
@@ -149,8 +217,11 @@ class Checkpoint:
     def descriptor(self, shard: str) -> int:
         """Returns an open read-only descriptor of a shard; the checkpoint closes it."""
         with self._lock:
+            if shard in self._descriptors:
+                return self._descriptors[shard]
+        path = self.path(shard)  # which may have to be fetched first
+        with self._lock:
             if shard not in self._descriptors:
-                path = self.shards[shard].path
                 try:
                     self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
@@ -158,18 +229,17 @@ class Checkpoint:
             return self._descriptors[shard]
 
     def _read_weight_map(self) -> dict[str, str]:
-        text = read_small_file(self.directory, INDEX_NAME, MAX_INDEX_BYTES)
-        return parse_index(text, str(self.directory / INDEX_NAME))
+        return parse_index(self.read_file(INDEX_NAME, MAX_INDEX_BYTES), self.where(INDEX_NAME))
 
     def _read_headers(self) -> dict[str, ShardFile]:
         names = sorted(set(self.weight_map.values())) or [SINGLE_FILE_NAME]
-        if not self.has_index and not (self.directory / SINGLE_FILE_NAME).exists():
+        if not self.has_index and not self.has_file(SINGLE_FILE_NAME):
             raise CheckpointError(
-                f"{self.directory}: neither {INDEX_NAME} nor {SINGLE_FILE_NAME} is there; "
+                f"{self.source}: neither {INDEX_NAME} nor {SINGLE_FILE_NAME} is there; "
                 "an interrupted download or conversion has no index"
             )
         with ThreadPoolExecutor(8) as pool:
-            outcomes = list(pool.map(lambda name: _try_header(self.directory, name), names))
+            outcomes = list(pool.map(partial(_try_header, self._files), names))
         problems = [str(outcome) for outcome in outcomes if isinstance(outcome, CheckpointError)]
         if problems:
             raise CheckpointError(join_problems(problems))
@@ -197,62 +267,25 @@ class Checkpoint:
         ]
         listed = set(self.shards)
         problems += [
-            f"{path.name!r} is not in the index (left from another checkpoint?)"
-            for path in sorted(self.directory.glob("model*.safetensors"))
-            if path.name not in listed
+            f"{name!r} is not in the index (left from another checkpoint?)"
+            for name in self._files.names()
+            if fnmatch(name, "model*.safetensors") and name not in listed
         ]
         if problems:
-            raise CheckpointError(f"{self.directory}: {join_problems(problems)}")
+            raise CheckpointError(f"{self.source}: {join_problems(problems)}")
 
 
-def read_shard_header(directory: Path, name: str) -> ShardFile:
-    """Opens one shard and returns its header.
-
-    Raises:
-        CheckpointError: not a regular file that may be read.
-        HeaderError: not a safetensors file.
-    """
-    path = regular_file(directory, name)
+def _try_header(files: Files, name: str) -> ShardFile | CheckpointError:
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, status.st_size - 8):
-                raise HeaderError(
-                    f"{path}: not a safetensors file of {status.st_size:,} bytes: its header claims "
-                    f"{length:,} bytes, expected 2 to {MAX_HEADER_BYTES:,} (truncated or garbage)"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    header = parse_header(text, status.st_size, str(path))
-    digest = hashlib.sha256(start + text).hexdigest()
-    return ShardFile(name, path, header, status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
-
-
-def _try_header(directory: Path, name: str) -> ShardFile | CheckpointError:
-    try:
-        return read_shard_header(directory, name)
+        return files.header(name)
     except CheckpointError as error:
         return error
 
 
-def _check_directory(directory: Path) -> None:
-    try:
-        is_directory, exists = directory.is_dir(), directory.exists()
-    except OSError as error:
-        raise CheckpointError(f"{str(directory)[:200]}: {error.strerror}") from None
-    if not is_directory:
-        kind = "is a file" if exists else "does not exist"
-        raise CheckpointError(f"{directory}: {kind}, expected a directory with a checkpoint")
-    if (directory / WORK_FOLDER).exists():
-        raise CheckpointError(
-            f"{directory}: has a {WORK_FOLDER} folder, so a conversion into it has not finished; "
-            "run that command again first"
-        )
-    if holds_ranks(directory):
-        raise CheckpointError(
-            f"{directory}: holds one shard for each rank of DeepSeek's inference demo, which nothing else "
-            "reads; expected a Hugging Face checkpoint, such as the one that it was made from"
-        )
+def _open_files(source: Source) -> Files:
+    if isinstance(source, Path):
+        return LocalFiles(source)
+    # Imported here: huggingface_hub takes half a second, which a directory does not need.
+    from dsv3_tools.checkpoint.hub import open_hub
+
+    return open_hub(source)

@@ -66,7 +66,7 @@ def dsv3() -> None:
 
     \b
     Exit codes: 0 done, 1 unexpected error, 2 usage, 3 bad input checkpoint,
-    4 a check ran and the answer is no, 5 destination, 128 + signal.
+    4 a check ran and the answer is no, 5 destination, 7 network (a retry may help), 128 + signal.
     """
 
 
@@ -109,10 +109,12 @@ dsv3.add_command(
     _Deferred("inspect", "dsv3_tools.cli.inspect", "Say what a checkpoint is, from its headers.")
 )
 dsv3.add_command(_Deferred("check", "dsv3_tools.cli.check", "Say whether a serving engine would load it."))
+dsv3.add_command(_Deferred("card", "dsv3_tools.cli.card", "Write the model card of a result again."))
 dsv3.add_command(
     _Deferred("split-mtp", "dsv3_tools.cli.mtp", "Take the MTP module out: the model, the module, or both.")
 )
 dsv3.add_command(_Deferred("merge-mtp", "dsv3_tools.cli.mtp", "Put an MTP module back beside a model."))
+dsv3.add_command(_Deferred("push", "dsv3_tools.cli.push", "Upload a finished checkpoint to the Hub."))
 dsv3.add_command(_Deferred("sample", "dsv3_tools.cli.sample", "Make a checkpoint with random weights."))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import rich_click as click
 
-from dsv3_tools.cli.options import debug_option, directory_argument, json_option
+from dsv3_tools.checkpoint.source import Source
+from dsv3_tools.cli.options import debug_option, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table
 from dsv3_tools.engines import ENGINES, Verdict
@@ -20,7 +19,7 @@ _WIDTH = 120
 
 
 @click.command("check")
-@directory_argument("directory")
+@source_argument("directory")
 @click.option("--engine", type=click.Choice(list(ENGINES)), help="The engine.  [default: a table of all]")
 @click.option(
     "--tp",
@@ -32,7 +31,7 @@ _WIDTH = 120
 @json_option
 @debug_option
 @click.pass_context
-def check(ctx: click.Context, directory: Path, *, engine: str | None, tp: int, as_json: bool) -> None:
+def check(ctx: click.Context, directory: Source, *, engine: str | None, tp: int, as_json: bool) -> None:
     """Say what a serving engine would refuse or misread, from config.json, index and headers.
 
     No engine is run: the rules were read in its source, or tried on toy checkpoints, at the version that

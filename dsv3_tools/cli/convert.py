@@ -7,17 +7,26 @@ from typing import Any
 
 import rich_click as click
 
-from dsv3_tools.cli.options import directory_argument, fixed_shards_options, run_options
+from dsv3_tools.checkpoint.source import Source
+from dsv3_tools.cli.options import (
+    SOURCE,
+    directory_argument,
+    fixed_shards_options,
+    run_options,
+    source_argument,
+)
 from dsv3_tools.cli.run import execute
 from dsv3_tools.conversion.api import open_bf16_to_fp8, open_fp8_to_bf16
 from dsv3_tools.conversion.api_deepseek_infer import open_to_deepseek_infer
 from dsv3_tools.conversion.api_integer import open_int4_to_bf16, open_int8_to_bf16
+from dsv3_tools.conversion.pinning import pinned
+from dsv3_tools.conversion.planning import LIKE
 
 __all__ = ["bf16_to_fp8", "fp8_to_bf16", "int4_to_bf16", "int8_to_bf16", "to_deepseek_infer"]
 
 
 @click.command("fp8-to-bf16")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @click.option(
     "--scale-semantics",
@@ -26,7 +35,7 @@ __all__ = ["bf16_to_fp8", "fp8_to_bf16", "int4_to_bf16", "int8_to_bf16", "to_dee
 )
 @run_options
 def fp8_to_bf16(
-    source: Path,
+    source: Source,
     destination: Path,
     *,
     scale_semantics: str | None,
@@ -45,14 +54,17 @@ def fp8_to_bf16(
       dsv3 convert fp8-to-bf16 miniature/checkpoint /tmp/mini-bf16
     """
     opened = open_fp8_to_bf16(
-        source, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
+        pinned(source, destination),
+        max_shard_size=max_shard_size,
+        scale_semantics=scale_semantics,
+        partial=partial,
     )
     with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)
 
 
 @click.command("bf16-to-fp8")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @click.option(
     "--scale-fmt",
@@ -61,17 +73,17 @@ def fp8_to_bf16(
 )
 @click.option(
     "--like",
-    type=click.Path(path_type=Path),
+    type=SOURCE,
     metavar="ORIGINAL_FP8",
     help="The FP8 checkpoint that SOURCE was made from: blocks that did not change get their bytes back.",
 )
 @run_options
 def bf16_to_fp8(
-    source: Path,
+    source: Source,
     destination: Path,
     *,
     scale_fmt: str | None,
-    like: Path | None,
+    like: Source | None,
     max_shard_size: int | None,
     partial: bool,
     **run: Any,
@@ -86,18 +98,22 @@ def bf16_to_fp8(
       dsv3 convert bf16-to-fp8 /tmp/mini-bf16 /tmp/mini-fp8 --like miniature/checkpoint
     """
     opened = open_bf16_to_fp8(
-        source, scale_fmt=scale_fmt, like=like, max_shard_size=max_shard_size, partial=partial
+        pinned(source, destination),
+        scale_fmt=scale_fmt,
+        like=None if like is None else pinned(like, destination, origin=LIKE),
+        max_shard_size=max_shard_size,
+        partial=partial,
     )
     with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)
 
 
 @click.command("int8-to-bf16")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @run_options
 def int8_to_bf16(
-    source: Path, destination: Path, *, max_shard_size: int | None, partial: bool, **run: Any
+    source: Source, destination: Path, *, max_shard_size: int | None, partial: bool, **run: Any
 ) -> None:
     """Rewrite an INT8 checkpoint as BF16.
 
@@ -107,17 +123,17 @@ def int8_to_bf16(
     Example:
       dsv3 convert int8-to-bf16 /tmp/mini-W8A8 /tmp/mini-W8A8-bf16
     """
-    opened = open_int8_to_bf16(source, max_shard_size=max_shard_size, partial=partial)
+    opened = open_int8_to_bf16(pinned(source, destination), max_shard_size=max_shard_size, partial=partial)
     with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)
 
 
 @click.command("int4-to-bf16")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @run_options
 def int4_to_bf16(
-    source: Path, destination: Path, *, max_shard_size: int | None, partial: bool, **run: Any
+    source: Source, destination: Path, *, max_shard_size: int | None, partial: bool, **run: Any
 ) -> None:
     """Rewrite an INT4 checkpoint as BF16.
 
@@ -128,13 +144,13 @@ def int4_to_bf16(
     Example:
       dsv3 convert int4-to-bf16 /tmp/mini-W4A16 /tmp/mini-W4A16-bf16
     """
-    opened = open_int4_to_bf16(source, max_shard_size=max_shard_size, partial=partial)
+    opened = open_int4_to_bf16(pinned(source, destination), max_shard_size=max_shard_size, partial=partial)
     with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)
 
 
 @click.command("to-deepseek-infer")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @click.option(
     "--model-parallel",
@@ -145,7 +161,7 @@ def int4_to_bf16(
 )
 @fixed_shards_options
 def to_deepseek_infer(
-    source: Path, destination: Path, *, model_parallel: int, partial: bool, **run: Any
+    source: Source, destination: Path, *, model_parallel: int, partial: bool, **run: Any
 ) -> None:
     """Cut a checkpoint into shards for DeepSeek's own inference demo.
 
@@ -156,6 +172,8 @@ def to_deepseek_infer(
     Example:
       dsv3 convert to-deepseek-infer /tmp/mini-bf16 /tmp/mini-infer-mp4 --model-parallel 4
     """
-    opened = open_to_deepseek_infer(source, model_parallel=model_parallel, partial=partial)
+    opened = open_to_deepseek_infer(
+        pinned(source, destination), model_parallel=model_parallel, partial=partial
+    )
     with opened as (plan, checkpoints):
         execute(plan, checkpoints, destination, **run)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import rich_click as click
 
-from dsv3_tools.cli.options import debug_option, directory_argument, json_option
+from dsv3_tools.checkpoint.source import Source
+from dsv3_tools.cli.options import debug_option, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_table, size
 from dsv3_tools.verify.inspection import Inspection
@@ -16,10 +15,10 @@ __all__ = ["inspect"]
 
 
 @click.command("inspect")
-@directory_argument("directory")
+@source_argument("directory")
 @json_option
 @debug_option
-def inspect(directory: Path, *, as_json: bool) -> None:
+def inspect(directory: Source, *, as_json: bool) -> None:
     """Say what a checkpoint is, from config.json, index and headers; no weight is read.
 
     \b

@@ -7,15 +7,18 @@ from typing import Any
 
 import rich_click as click
 
-from dsv3_tools.cli.options import directory_argument, run_options, shared_option
+from dsv3_tools.checkpoint.source import Source
+from dsv3_tools.cli.options import directory_argument, run_options, shared_option, source_argument
 from dsv3_tools.cli.run import execute, execute_together
 from dsv3_tools.conversion.api_mtp import open_merge_mtp, open_split_mtp
+from dsv3_tools.conversion.mtp_merge import MTP
+from dsv3_tools.conversion.pinning import pinned
 
 __all__ = ["merge_mtp", "split_mtp"]
 
 
 @click.command("split-mtp")
-@directory_argument("source")
+@source_argument("source")
 @click.option(
     "--main",
     type=click.Path(path_type=Path),
@@ -38,7 +41,7 @@ __all__ = ["merge_mtp", "split_mtp"]
 @shared_option
 @run_options
 def split_mtp(
-    source: Path,
+    source: Source,
     *,
     main: Path | None,
     mtp: Path | None,
@@ -61,7 +64,7 @@ def split_mtp(
       dsv3 split-mtp miniature/checkpoint --mtp /tmp/mini-NextN --layout sglang-nextn
     """
     opened = open_split_mtp(
-        source,
+        pinned(source, main or mtp),
         main=main,
         mtp=mtp,
         layout=layout,
@@ -75,14 +78,14 @@ def split_mtp(
 
 
 @click.command("merge-mtp")
-@directory_argument("main")
-@directory_argument("mtp")
+@source_argument("main")
+@source_argument("mtp")
 @directory_argument("destination")
 @shared_option
 @run_options
 def merge_mtp(
-    main: Path,
-    mtp: Path,
+    main: Source,
+    mtp: Source,
     destination: Path,
     *,
     allow_different_shared: bool,
@@ -102,8 +105,8 @@ def merge_mtp(
       dsv3 merge-mtp /tmp/mini-noMTP /tmp/mini-MTP /tmp/mini-whole
     """
     opened = open_merge_mtp(
-        main,
-        mtp,
+        pinned(main, destination),
+        pinned(mtp, destination, origin=MTP),
         allow_different_shared=allow_different_shared,
         max_shard_size=max_shard_size,
         partial=partial,

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import rich_click as click
+from click.shell_completion import CompletionItem
+
+from dsv3_tools.checkpoint.source import Source, parse_source
+from dsv3_tools.conversion.hub_target import PushTarget
 
 __all__ = [
     "SIZE",
+    "SOURCE",
+    "TARGET",
     "debug_option",
     "directory_argument",
     "fixed_shards_options",
@@ -20,6 +26,7 @@ __all__ = [
     "run_options",
     "selecting_options",
     "shared_option",
+    "source_argument",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,6 +55,39 @@ SIZE = _Size()
 def directory_argument(name: str) -> Callable[[F], F]:
     """A directory; whether it is right is for the command to say."""
     return click.argument(name, type=click.Path(path_type=Path))
+
+
+class _Source(click.ParamType):  # type: ignore[type-arg]
+    name = "source"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Source:
+        del param, ctx
+        return parse_source(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        return [CompletionItem(incomplete, type="dir")]
+
+
+SOURCE = _Source()
+
+
+class _Target(click.ParamType):  # type: ignore[type-arg]
+    name = "target"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PushTarget:
+        del param, ctx
+        return value if isinstance(value, PushTarget) else PushTarget.parse(value)
+
+
+TARGET = _Target()
+
+
+def source_argument(name: str) -> Callable[[F], F]:
+    """A checkpoint to read: a directory, or a model on the Hub."""
+    return click.argument(name, type=SOURCE)
 
 
 def json_option(function: F) -> F:
@@ -139,6 +179,22 @@ def fixed_shards_options(function: F) -> F:
             help="Refuse NaN and infinity, or keep and count them (zeros where they become integers).",
         ),
         click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST."),
+        click.option(
+            "--keep-source",
+            is_flag=True,
+            help="Keep shards that come from the Hub in the Hugging Face cache.  [default: a few at a time]",
+        ),
+        click.option(
+            "--push",
+            type=TARGET,
+            metavar="ORG/NAME",
+            help="Upload shards to this model on the Hub as they are finished; ORG/NAME@BRANCH for a branch.",
+        ),
+        click.option(
+            "--keep-output/--no-keep-output",
+            default=True,
+            help="With --push, leave the shards here, or remove each when it is uploaded.  [default: leave]",
+        ),
         click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing."),
         json_option,
         debug_option,

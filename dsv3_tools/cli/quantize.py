@@ -7,15 +7,17 @@ from typing import Any
 
 import rich_click as click
 
-from dsv3_tools.cli.options import directory_argument, run_options, selecting_options
+from dsv3_tools.checkpoint.source import Source
+from dsv3_tools.cli.options import directory_argument, run_options, selecting_options, source_argument
 from dsv3_tools.cli.run import execute
 from dsv3_tools.conversion.api_quantize import open_quantize_int4, open_quantize_int8
+from dsv3_tools.conversion.pinning import pinned
 
 __all__ = ["int4", "int8"]
 
 
 @click.command("int8")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @click.option(
     "--scheme",
@@ -27,7 +29,7 @@ __all__ = ["int4", "int8"]
 @selecting_options
 @run_options
 def int8(
-    source: Path,
+    source: Source,
     destination: Path,
     *,
     scheme: str,
@@ -48,7 +50,7 @@ def int8(
       dsv3 quantize int8 miniature/checkpoint /tmp/mini-W8A8
     """
     opened = open_quantize_int8(
-        source,
+        pinned(source, destination),
         scheme=scheme,
         include=include,
         exclude=exclude,
@@ -61,7 +63,7 @@ def int8(
 
 
 @click.command("int4")
-@directory_argument("source")
+@source_argument("source")
 @directory_argument("destination")
 @click.option(
     "--layout",
@@ -105,7 +107,7 @@ def int8(
 @selecting_options
 @run_options
 def int4(
-    source: Path,
+    source: Source,
     destination: Path,
     *,
     layout: str,
@@ -131,7 +133,7 @@ def int4(
       dsv3 quantize int4 miniature/checkpoint /tmp/mini-W4A16
     """
     opened = open_quantize_int4(
-        source,
+        pinned(source, destination),
         layout=layout,
         group_size=group_size,
         symmetric=symmetric,

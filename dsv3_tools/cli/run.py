@@ -13,13 +13,16 @@ from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
 from dsv3_tools.cli.progress import shown_progress
 from dsv3_tools.cli.signals import stop_on_signals
-from dsv3_tools.conversion.executor import Preview, RunResult, run
-from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.card import card_problem
+from dsv3_tools.conversion.executor import RunResult, run
+from dsv3_tools.conversion.hub_target import PushTarget
+from dsv3_tools.conversion.options import HubOptions, RunOptions
 from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.preview import Preview
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.serving import engine_verdicts
 from dsv3_tools.conversion.together import Part, preview_together
-from dsv3_tools.errors import DestinationError
+from dsv3_tools.errors import DestinationError, UsageError
 
 __all__ = ["execute", "execute_together"]
 
@@ -50,12 +53,18 @@ def _carry_out(
     workers: int | None,
     nonfinite: str,
     overwrite: bool,
+    keep_source: bool,
+    push: PushTarget | None,
+    keep_output: bool,
     dry_run: bool,
     as_json: bool,
 ) -> list[dict[str, Any]]:
     """Carries out all plans, or none if one would be refused; returns what `--json` says of each."""
     ranks = Ranks.join()
-    options = RunOptions(device, workers, overwrite, nonfinite, ranks=ranks)
+    if push is not None and len(parts) > 1:
+        raise UsageError("--push: is for one result; split with --main or --mtp alone, or dsv3 push each")
+    hub = HubOptions(keep_source, push, keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, ranks=ranks, hub=hub)
     found = preview_together(parts, checkpoints, options)
     problem = next((one.problem for one in found if one.problem is not None), None)
     if problem is not None and not (dry_run and not as_json and isinstance(problem, DestinationError)):
@@ -93,7 +102,7 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
     return {
         "operation": plan.operation,
         "options": dict(plan.options),
-        "source": str(source.directory),
+        "source": str(source.source),
         "destination": str(destination),
         "nbytes_in": plan.nbytes_in,
         "nbytes_out": plan.nbytes_out,
@@ -110,6 +119,8 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
         "shards_to_write": found.shards_to_write,
         "nbytes_to_write": found.nbytes_to_write,
         "nbytes_free": found.nbytes_free,
+        "nbytes_to_fetch": found.nbytes_to_fetch,
+        "nbytes_staged": found.nbytes_staged,
         "devices": list(found.devices),
         "workers": found.workers,
         "host_nbytes": found.host_nbytes,
@@ -119,7 +130,7 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
 
 
 def _print_plan(plan: Plan, source: Checkpoint, destination: Path) -> None:
-    print_line(f"{plan.operation}: {source.directory} -> {destination}")
+    print_line(f"{plan.operation}: {source.source} -> {destination}")
     print_table(
         [
             (
@@ -172,6 +183,9 @@ def _print_preview(plan: Plan, found: Preview) -> None:
         f"  {found.workers} workers on {', '.join(found.devices)}, "
         f"at most {size(found.host_nbytes)} of buffers"
     )
+    if found.nbytes_to_fetch:
+        beside = f", at most {size(found.nbytes_staged)} of it on disk at once" if found.nbytes_staged else ""
+        print_line(f"  to fetch from the Hub: {size(found.nbytes_to_fetch)}{beside}")
     print_line("  nothing was written (--dry-run)")
 
 
@@ -182,6 +196,7 @@ def _print_result(result: RunResult) -> None:
             f"was written. To check its bytes: dsv3 verify integrity {result.destination}"
         )
         _print_nonfinite(result)
+        _print_pushed(result)
         return
     kept = f", {result.shards_resumed} were there already" if result.shards_resumed else ""
     print_line(
@@ -194,9 +209,17 @@ def _print_result(result: RunResult) -> None:
             "those that did not change have its bytes"
         )
     _print_nonfinite(result)
+    _print_pushed(result)
+    if problem := card_problem(result.destination):
+        print_note(f"dsv3: left alone, so that the result has no model card: {problem}")
     print_line(
         f"every file's SHA-256 is in {result.manifest}; to check: dsv3 verify integrity {result.destination}"
     )
+
+
+def _print_pushed(result: RunResult) -> None:
+    if result.pushed is not None:
+        print_line(f"uploaded: {result.pushed}")
 
 
 def _print_nonfinite(result: RunResult) -> None:

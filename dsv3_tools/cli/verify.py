@@ -7,8 +7,9 @@ from typing import Any
 
 import rich_click as click
 
+from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.cli.findings import finish, print_findings, verdict
-from dsv3_tools.cli.options import debug_option, directory_argument, json_option
+from dsv3_tools.cli.options import debug_option, directory_argument, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_table, size
 from dsv3_tools.cli.progress import shown_progress
@@ -107,8 +108,8 @@ class _Sample(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 
 
 @click.command("tensors")
-@directory_argument("reference")
-@directory_argument("candidate")
+@source_argument("reference")
+@source_argument("candidate")
 @click.option(
     "--sample", type=_Sample(), help="Compare so many weights, or a share such as 5%.  [default: all]"
 )
@@ -125,7 +126,7 @@ class _Sample(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 @debug_option
 @click.pass_context
 def tensors(
-    ctx: click.Context, /, reference: Path, candidate: Path, *, as_json: bool, **options: Any
+    ctx: click.Context, /, reference: Source, candidate: Source, *, as_json: bool, **options: Any
 ) -> None:
     """Compare every tensor of CANDIDATE with REFERENCE, whatever formats they are in.
 

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import rich_click as click
 
+from dsv3_tools.checkpoint.source import Source, is_same_source
 from dsv3_tools.cli.findings import finish, print_findings, verdict
-from dsv3_tools.cli.options import debug_option, directory_argument, forward_options, json_option
+from dsv3_tools.cli.options import debug_option, forward_options, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
 from dsv3_tools.cli.progress import shown_progress
@@ -46,8 +47,8 @@ def _limit_options(function: F) -> F:
 
 
 @click.command("logits")
-@directory_argument("reference")
-@directory_argument("candidate")
+@source_argument("reference")
+@source_argument("candidate")
 @forward_options
 @click.option(
     "--baseline/--no-baseline",
@@ -63,8 +64,8 @@ def _limit_options(function: F) -> F:
 def logits(
     ctx: click.Context,
     /,
-    reference: Path,
-    candidate: Path,
+    reference: Source,
+    candidate: Source,
     *,
     report: Path | None,
     as_json: bool,
@@ -104,7 +105,7 @@ def logits(
     finish(ctx, str(candidate), found.problems, as_json=as_json)
 
 
-def _check_place(report: Path, *models: Path) -> None:
+def _check_place(report: Path, *models: Source) -> None:
     """Refuses to write where the page cannot go, or should not: over a device, or into a checkpoint.
 
     Raises:
@@ -114,7 +115,7 @@ def _check_place(report: Path, *models: Path) -> None:
     place = report.resolve()
     if report.is_symlink() or (place.exists() and not place.is_file()):
         raise UsageError(f"--report {report}: expected a new or a regular file")
-    if any(place.parent == model.resolve() for model in models):
+    if any(is_same_source(place.parent, model) for model in models):
         raise UsageError(f"--report {report}: is in a checkpoint's folder; choose another one")
     if not os.access(place.parent, os.W_OK):
         raise DestinationError(f"--report {report}: its folder is not there, or not writable")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
+from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.cli.findings import finish, print_findings, verdict
-from dsv3_tools.cli.options import debug_option, directory_argument, forward_options, json_option
+from dsv3_tools.cli.options import SOURCE, debug_option, forward_options, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_table
 from dsv3_tools.cli.progress import shown_progress
@@ -22,10 +22,10 @@ __all__ = ["mtp"]
 
 
 @click.command("mtp")
-@directory_argument("source")
+@source_argument("source")
 @click.option(
     "--mtp",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=SOURCE,
     help="Directory with the MTP module.  [default: SOURCE]",
 )
 @click.option(
@@ -47,7 +47,7 @@ __all__ = ["mtp"]
 @json_option
 @debug_option
 @click.pass_context
-def mtp(ctx: click.Context, /, source: Path, *, as_json: bool, **options: Any) -> None:
+def mtp(ctx: click.Context, /, source: Source, *, as_json: bool, **options: Any) -> None:
     """Measure how often the drafts of the MTP module would be accepted.
 
     Both the model and its module run over given tokens. A draft is accepted if it is what the main model

@@ -8,8 +8,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import SourceLike
 from dsv3_tools.conversion.executor import RunResult, run
-from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.hub_target import PushTarget, as_target
+from dsv3_tools.conversion.options import HubOptions, RunOptions
+from dsv3_tools.conversion.pinning import pinned
 from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.planning import LIKE
 from dsv3_tools.conversion.progress import Progress, Stop
@@ -29,7 +32,7 @@ Opened = tuple[Plan, dict[str, Checkpoint]]
 
 
 def convert_fp8_to_bf16(
-    source: PathLike,
+    source: SourceLike,
     destination: PathLike,
     *,
     device: str = "auto",
@@ -39,6 +42,9 @@ def convert_fp8_to_bf16(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -62,6 +68,9 @@ def convert_fp8_to_bf16(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" counts them in the manifest.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -71,25 +80,32 @@ def convert_fp8_to_bf16(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_fp8_to_bf16(
-        source, max_shard_size=max_shard_size, scale_semantics=scale_semantics, partial=partial
+        pinned(source, destination),
+        max_shard_size=max_shard_size,
+        scale_semantics=scale_semantics,
+        partial=partial,
     )
     return carry_out(opened, destination, options, on_plan)
 
 
 def convert_bf16_to_fp8(
-    source: PathLike,
+    source: SourceLike,
     destination: PathLike,
     *,
     scale_fmt: str | None = None,
-    like: PathLike | None = None,
+    like: SourceLike | None = None,
     device: str = "auto",
     workers: int | None = None,
     max_shard_size: int | None = None,
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -117,6 +133,9 @@ def convert_bf16_to_fp8(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" writes NaN codes and counts them.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -126,9 +145,14 @@ def convert_bf16_to_fp8(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_bf16_to_fp8(
-        source, scale_fmt=scale_fmt, like=like, max_shard_size=max_shard_size, partial=partial
+        pinned(source, destination),
+        scale_fmt=scale_fmt,
+        like=None if like is None else pinned(like, destination, origin=LIKE),
+        max_shard_size=max_shard_size,
+        partial=partial,
     )
     return carry_out(opened, destination, options, on_plan)
 
@@ -148,7 +172,7 @@ def carry_out(
 
 @contextmanager
 def open_fp8_to_bf16(
-    source: PathLike,
+    source: SourceLike,
     *,
     max_shard_size: int | None = None,
     scale_semantics: str | None = None,
@@ -170,10 +194,10 @@ def open_fp8_to_bf16(
 
 @contextmanager
 def open_bf16_to_fp8(
-    source: PathLike,
+    source: SourceLike,
     *,
     scale_fmt: str | None = None,
-    like: PathLike | None = None,
+    like: SourceLike | None = None,
     max_shard_size: int | None = None,
     partial: bool = False,
 ) -> Iterator[Opened]:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import SourceLike
 from dsv3_tools.conversion.api import Opened, PathLike, carry_out
 from dsv3_tools.conversion.executor import RunResult
-from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.hub_target import PushTarget, as_target
+from dsv3_tools.conversion.options import HubOptions, RunOptions
+from dsv3_tools.conversion.pinning import pinned
 from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.progress import Progress, Stop
 from dsv3_tools.conversion.ranks import ALONE, Ranks
@@ -18,7 +21,7 @@ __all__ = ["convert_int4_to_bf16", "convert_int8_to_bf16", "open_int4_to_bf16", 
 
 
 def convert_int8_to_bf16(
-    source: PathLike,
+    source: SourceLike,
     destination: PathLike,
     *,
     device: str = "auto",
@@ -27,6 +30,9 @@ def convert_int8_to_bf16(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -51,6 +57,9 @@ def convert_int8_to_bf16(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" keeps them and counts them in the manifest.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -60,13 +69,14 @@ def convert_int8_to_bf16(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
-    opened = open_int8_to_bf16(source, max_shard_size=max_shard_size, partial=partial)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
+    opened = open_int8_to_bf16(pinned(source, destination), max_shard_size=max_shard_size, partial=partial)
     return carry_out(opened, destination, options, on_plan)
 
 
 def convert_int4_to_bf16(
-    source: PathLike,
+    source: SourceLike,
     destination: PathLike,
     *,
     device: str = "auto",
@@ -75,6 +85,9 @@ def convert_int4_to_bf16(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -99,6 +112,9 @@ def convert_int4_to_bf16(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" keeps them and counts them in the manifest.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -108,14 +124,15 @@ def convert_int4_to_bf16(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
-    opened = open_int4_to_bf16(source, max_shard_size=max_shard_size, partial=partial)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
+    opened = open_int4_to_bf16(pinned(source, destination), max_shard_size=max_shard_size, partial=partial)
     return carry_out(opened, destination, options, on_plan)
 
 
 @contextmanager
 def open_int8_to_bf16(
-    source: PathLike, *, max_shard_size: int | None = None, partial: bool = False
+    source: SourceLike, *, max_shard_size: int | None = None, partial: bool = False
 ) -> Iterator[Opened]:
     """Opens what `convert_int8_to_bf16` reads, and plans it; see `open_fp8_to_bf16`."""
     with Checkpoint(source) as checkpoint:
@@ -127,7 +144,7 @@ def open_int8_to_bf16(
 
 @contextmanager
 def open_int4_to_bf16(
-    source: PathLike, *, max_shard_size: int | None = None, partial: bool = False
+    source: SourceLike, *, max_shard_size: int | None = None, partial: bool = False
 ) -> Iterator[Opened]:
     """Opens what `convert_int4_to_bf16` reads, and plans it; see `open_fp8_to_bf16`."""
     with Checkpoint(source) as checkpoint:

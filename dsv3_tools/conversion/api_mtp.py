@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import SourceLike
 from dsv3_tools.conversion.api import Opened, PathLike, carry_out
 from dsv3_tools.conversion.executor import RunResult, run
+from dsv3_tools.conversion.hub_target import PushTarget, as_target
 from dsv3_tools.conversion.mtp import plan_split_main, plan_split_mtp, read_halves
 from dsv3_tools.conversion.mtp_merge import MTP, plan_merge
-from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.options import HubOptions, RunOptions
+from dsv3_tools.conversion.pinning import pinned
 from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.progress import Progress, Stop
 from dsv3_tools.conversion.ranks import ALONE, Ranks
@@ -31,7 +34,7 @@ class SplitResult:
 
 
 def split_mtp(
-    source: PathLike,
+    source: SourceLike,
     *,
     main: PathLike | None = None,
     mtp: PathLike | None = None,
@@ -44,6 +47,9 @@ def split_mtp(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -72,6 +78,9 @@ def split_mtp(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" keeps them and counts them in the manifest.
         overwrite: replace whatever checkpoints are at `main` and `mtp`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with each plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -81,9 +90,10 @@ def split_mtp(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_split_mtp(
-        source,
+        pinned(source, main or mtp),
         main=main,
         mtp=mtp,
         layout=layout,
@@ -102,8 +112,8 @@ def split_mtp(
 
 
 def merge_mtp(
-    main: PathLike,
-    mtp: PathLike,
+    main: SourceLike,
+    mtp: SourceLike,
     destination: PathLike,
     *,
     allow_different_shared: bool = False,
@@ -113,6 +123,9 @@ def merge_mtp(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -140,6 +153,9 @@ def merge_mtp(
         partial: the two are only parts of what their `config.json` describe.
         nonfinite: "error" refuses NaN and infinity, "keep" keeps them and counts them in the manifest.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -149,10 +165,11 @@ def merge_mtp(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_merge_mtp(
-        main,
-        mtp,
+        pinned(main, destination),
+        pinned(mtp, destination, origin=MTP),
         allow_different_shared=allow_different_shared,
         max_shard_size=max_shard_size,
         partial=partial,
@@ -162,8 +179,8 @@ def merge_mtp(
 
 @contextmanager
 def open_merge_mtp(
-    main: PathLike,
-    mtp: PathLike,
+    main: SourceLike,
+    mtp: SourceLike,
     *,
     allow_different_shared: bool = False,
     max_shard_size: int | None = None,
@@ -183,7 +200,7 @@ def open_merge_mtp(
 
 @contextmanager
 def open_split_mtp(
-    source: PathLike,
+    source: SourceLike,
     *,
     main: PathLike | None = None,
     mtp: PathLike | None = None,

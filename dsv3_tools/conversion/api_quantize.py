@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import SourceLike
 from dsv3_tools.conversion.api import Opened, PathLike, carry_out
 from dsv3_tools.conversion.executor import RunResult
-from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.hub_target import PushTarget, as_target
+from dsv3_tools.conversion.options import HubOptions, RunOptions
+from dsv3_tools.conversion.pinning import pinned
 from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.progress import Progress, Stop
 from dsv3_tools.conversion.quantization import plan_int4, plan_int8
@@ -19,7 +22,7 @@ __all__ = ["open_quantize_int4", "open_quantize_int8", "quantize_int4", "quantiz
 
 
 def quantize_int8(
-    source: PathLike,
+    source: SourceLike,
     destination: PathLike,
     *,
     scheme: str = "channel",
@@ -32,6 +35,9 @@ def quantize_int8(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -58,6 +64,9 @@ def quantize_int8(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" takes them for zeros and counts them.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -67,9 +76,10 @@ def quantize_int8(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_quantize_int8(
-        source,
+        pinned(source, destination),
         scheme=scheme,
         include=include,
         exclude=exclude,
@@ -81,7 +91,7 @@ def quantize_int8(
 
 
 def quantize_int4(
-    source: PathLike,
+    source: SourceLike,
     destination: PathLike,
     *,
     layout: str = "compressed-tensors",
@@ -99,6 +109,9 @@ def quantize_int4(
     partial: bool = False,
     nonfinite: str = "error",
     overwrite: bool = False,
+    keep_source: bool = False,
+    push: str | PushTarget | None = None,
+    keep_output: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Stop | None = None,
@@ -131,6 +144,9 @@ def quantize_int4(
         partial: the source is only a part of the model that its `config.json` describes.
         nonfinite: "error" refuses NaN and infinity, "keep" takes them for zeros and counts them.
         overwrite: replace whatever checkpoint is at `destination`.
+        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
+        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
+        keep_output: leave them here as well.
         on_plan: called with the plan before anything is written.
         on_progress: called with every step, from any thread.
         stop: lets a signal handler end the run cleanly.
@@ -140,9 +156,10 @@ def quantize_int4(
     Raises:
         Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
     """
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks)
+    hub = HubOptions(keep_source, as_target(push), keep_output)
+    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_quantize_int4(
-        source,
+        pinned(source, destination),
         layout=layout,
         group_size=group_size,
         symmetric=symmetric,
@@ -160,7 +177,7 @@ def quantize_int4(
 
 @contextmanager
 def open_quantize_int8(
-    source: PathLike,
+    source: SourceLike,
     *,
     scheme: str = "channel",
     include: Sequence[str] = (),
@@ -180,7 +197,7 @@ def open_quantize_int8(
 
 @contextmanager
 def open_quantize_int4(
-    source: PathLike,
+    source: SourceLike,
     *,
     layout: str = "compressed-tensors",
     group_size: int = 128,

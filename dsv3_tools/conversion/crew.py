@@ -9,14 +9,17 @@ from functools import partial
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.devices import largest_whole_nbytes
+from dsv3_tools.conversion.fetching import PREFETCH, Fetcher, SourceShard
 from dsv3_tools.conversion.findings import Findings
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan, ShardPlan
+from dsv3_tools.conversion.preflight import check_scales
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.conversion.uploading import Finished, Uploader
 from dsv3_tools.conversion.workers import Pipeline, work_off
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
-from dsv3_tools.errors import CheckpointError, Interrupted
+from dsv3_tools.errors import Interrupted
 
 __all__ = ["Crew"]
 
@@ -33,6 +36,8 @@ class Crew:
         ranks: Ranks,
         devices: Sequence[str],
         workers: int,
+        needs: Mapping[str, Sequence[SourceShard]],
+        uploader: Uploader | None,
     ) -> None:
         self._label = plan.digest[:16]
         self._largest_whole = largest_whole_nbytes(plan.shards)
@@ -45,6 +50,15 @@ class Crew:
         self._pipelines_made: list[Pipeline] = []
         self._num_workers = workers
         self._written: dict[str, JournalEntry] = {}
+        self._needs = needs
+        self._uploader = uploader
+        self._fetcher = Fetcher(
+            needs,
+            checkpoints,
+            folder=None if options.hub.keep_source else workspace.source_folder(ranks.rank),
+            window=workers + PREFETCH,
+            stop=self._stop,
+        )
 
     def work(self, todo: Sequence[ShardPlan]) -> dict[str, JournalEntry]:
         """Writes all of `todo`; returns their journal entries by name.
@@ -63,12 +77,13 @@ class Crew:
         devices = [self._devices[number % len(self._devices)] for number in range(self._num_workers)]
         shared = self._ranks.world_size > 1
         try:
-            work_off(
-                todo,
-                [partial(self._hire, device, meter) for device in devices],
-                self._stop,
-                given_up=self._workspace.has_failed if shared else lambda: False,
-            )
+            with self._fetcher:
+                work_off(
+                    todo,
+                    [partial(self._hire, device, meter) for device in devices],
+                    self._stop,
+                    given_up=self._workspace.has_failed if shared else lambda: False,
+                )
         except BaseException as error:
             if shared:
                 self._workspace.announce_failure()
@@ -93,6 +108,7 @@ class Crew:
             nonlocal pipeline
             import torch
 
+            self._fetch(shard)
             while True:
                 try:
                     self._write(shard, pipeline)
@@ -101,9 +117,16 @@ class Crew:
                     pipeline.close()
                     self._pipelines_made.remove(pipeline)
                     pipeline = self._take(candidates)
+            self._fetcher.release(shard.name)
             meter.add(0, shards=1)
 
         return do
+
+    def _fetch(self, shard: ShardPlan) -> None:
+        """Waits for what a shard is made of, and checks what could not be checked before it was here."""
+        if self._needs[shard.name]:
+            self._fetcher.wait(shard.name)
+            check_scales([shard], self._checkpoints, nonfinite=self._options.nonfinite, stop=self._stop)
 
     def _take(self, candidates: Iterator[Pipeline]) -> Pipeline:
         pipeline = next(candidates)
@@ -152,16 +175,12 @@ class Crew:
         )
         self._workspace.append_journal(entry, self._ranks.rank)
         self._written[shard.name] = entry
+        if self._uploader is not None:
+            self._uploader.add(Finished(entry.shard, entry.sha256))
 
     def _check_sources(self, shard: ShardPlan) -> None:
         """Refuses a shard whose source files were written to while it was made."""
         refs = {ref for step in shard.steps for ref in step.inputs.values()}
-        for origin, name in {
-            (ref.origin, self._checkpoints[ref.origin].weight_map[ref.name]) for ref in refs
-        }:
-            checkpoint = self._checkpoints[origin]
-            file, status = checkpoint.shards[name], os.fstat(checkpoint.descriptor(name))
-            if (status.st_mtime_ns, status.st_size) != (file.mtime_ns, file.nbytes):
-                raise CheckpointError(
-                    f"{file.path}: was written to during the run; run the same command again"
-                )
+        shards = {(ref.origin, self._checkpoints[ref.origin].weight_map[ref.name]) for ref in refs}
+        for origin, name in shards:
+            self._checkpoints[origin].check_unchanged(name)

@@ -16,11 +16,10 @@ from fnmatch import fnmatch
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig, encode_config
 from dsv3_tools.checkpoint.deepseek_infer import INFER_CONFIG_NAME, rank_shard_name
-from dsv3_tools.checkpoint.paths import side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.deepseek_infer_config import model_args, unlike_demo, without_counterpart
 from dsv3_tools.conversion.plan import SOURCE, Plan, ShardPlan, Share, Step, TensorRef
-from dsv3_tools.conversion.planning import check_plan, source_files
+from dsv3_tools.conversion.planning import check_plan, repositories, source_files
 from dsv3_tools.errors import CheckpointError, FormatError, UsageError, join_problems
 from dsv3_tools.formats import FP8Block
 from dsv3_tools.formats.fp8_block import SCALE_PART
@@ -83,7 +82,7 @@ def plan_to_deepseek_infer(checkpoint: Checkpoint, *, model_parallel: int, parti
     """
     if model_parallel < 1:
         raise UsageError(f"model_parallel: got {model_parallel}, expected 1 or more ranks")
-    config, where = checkpoint.config, str(checkpoint.directory / CONFIG_NAME)
+    config, where = checkpoint.config, checkpoint.where(CONFIG_NAME)
     if problems := list(without_counterpart(checkpoint.config_json, config)):
         raise CheckpointError(f"{where}: {'; '.join(problems)}: DeepSeek's inference demo has no such model")
     fp8 = _stated_format(checkpoint, where)
@@ -106,7 +105,7 @@ def plan_to_deepseek_infer(checkpoint: Checkpoint, *, model_parallel: int, parti
 def _plan(
     checkpoint: Checkpoint, ranks: Sequence[Sequence[Step]], dropped: Mapping[str, str], fp8: FP8Block | None
 ) -> Plan:
-    travel, stay = side_files(checkpoint.directory, checkpoint.shards)
+    travel, stay = checkpoint.side_files()
     copied = tuple(name for name in travel if fnmatch(name, _TOKENIZER_FILES))
     shards = [ShardPlan.build(rank_shard_name(rank, len(ranks)), steps) for rank, steps in enumerate(ranks)]
     return Plan(
@@ -119,6 +118,7 @@ def _plan(
         left_behind=tuple(sorted({*travel, *stay} - set(copied))),
         source_files=source_files({SOURCE: checkpoint}, copied),
         nbytes_in=checkpoint.nbytes,
+        repositories=repositories({SOURCE: checkpoint}),
         config_name=INFER_CONFIG_NAME,
         index_name=None,
         notes=tuple(unlike_demo(checkpoint.config_json, checkpoint.config)),

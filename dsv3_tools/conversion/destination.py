@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +16,32 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.deepseek_infer import INFER_CONFIG_NAME
 from dsv3_tools.checkpoint.durable import destination_errors
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
-from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from dsv3_tools.checkpoint.manifest import FIGURES_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
 from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError, DestinationError
 
-__all__ = ["State", "clear", "finished_shards", "read_manifest", "replaceable_nbytes", "survey", "withdraw"]
+__all__ = [
+    "PUSH_NAME",
+    "State",
+    "clear",
+    "finished_shards",
+    "read_manifest",
+    "read_push_record",
+    "replaceable_nbytes",
+    "survey",
+    "withdraw",
+]
 
 _HASH_BYTES = 4 << 20
 
 _MARKS = (INDEX_NAME, MANIFEST_NAME)
 """What makes shards a checkpoint, in the order of writing and of removal: without one it is none."""
+
+PUSH_NAME = "dsv3_push.json"
+"""What says where on the Hub a result is whose shards are not here."""
 
 _CONFIGS = (CONFIG_NAME, INFER_CONFIG_NAME)
 """What no other checkpoint's shards may lie beside."""
@@ -76,7 +90,8 @@ def clear(destination: Path) -> None:
     """Removes a checkpoint that is to be overwritten: the index first, so that half of it is none.
 
     Removes index, manifest, config, `model*.safetensors` and what index and manifest list (an old tokenizer
-    must not stay beside new weights); other files are left.
+    must not stay beside new weights), and figures of the old weights; other files are left, README.md with
+    its user's text among them.
     """
     with destination_errors(destination, "removing what was there"):
         for path in _replaceable(destination):
@@ -100,12 +115,18 @@ def replaceable_nbytes(destination: Path) -> int:
 
 
 def finished_shards(
-    plan: Plan, workspace: Workspace, *, keep_nonfinite: bool, stop: Stop
+    plan: Plan,
+    workspace: Workspace,
+    *,
+    keep_nonfinite: bool,
+    stop: Stop,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> dict[str, JournalEntry]:
     """Returns the shards of `plan` that an earlier run finished and that are still what it wrote.
 
     A file whose size and times are those of its journal line is believed; any other is hashed. One
-    that has changed is not in the result and will be written again.
+    that has changed is not in the result and will be written again. What is `elsewhere`, by name and SHA-256,
+    need not be here.
 
     Raises:
         Interrupted: somebody has asked `stop`.
@@ -119,7 +140,13 @@ def finished_shards(
         and (keep_nonfinite or not entry.nonfinite)
     ]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        intact = pool.map(lambda entry: _is_intact(workspace.destination, entry, stop), claimed)
+        there = elsewhere or {}
+        intact = pool.map(
+            lambda entry: (
+                there.get(entry.shard) == entry.sha256 or _is_intact(workspace.destination, entry, stop)
+            ),
+            claimed,
+        )
         return {entry.shard: entry for entry, good in zip(claimed, intact, strict=True) if good}
 
 
@@ -153,14 +180,25 @@ def read_manifest(destination: Path) -> dict[str, Any]:
 def _holds_result_of(plan: Plan, destination: Path) -> bool:
     try:
         manifest = read_manifest(destination)
-        files: Mapping[str, Mapping[str, int]] = manifest["files"]
+        files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+        pushed = read_push_record(destination)
         sizes_agree = all(
-            (destination / name).stat().st_size == file["nbytes"] for name, file in files.items()
+            pushed.get(name) == file["sha256"] or (destination / name).stat().st_size == file["nbytes"]
+            for name, file in files.items()
         )
         complete = plan.commit_point in (*files, MANIFEST_NAME)
         return bool(manifest["plan_digest"] == plan.digest and complete and sizes_agree)
     except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
+
+
+def read_push_record(destination: Path) -> dict[str, str]:
+    """Returns the SHA-256 of files that are on the Hub and may be missing here; empty without a record."""
+    try:
+        document = json.loads(read_small_file(destination, PUSH_NAME, MAX_MANIFEST_BYTES))
+        return dict(document["files"])
+    except (CheckpointError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _foreign_shard(plan: Plan, names: set[str]) -> str | None:
@@ -180,7 +218,7 @@ def _replaceable(destination: Path) -> Iterator[Path]:
         index = read_small_file(destination, INDEX_NAME, MAX_INDEX_BYTES)
         listed += parse_index(index, INDEX_NAME).values()
     shards = sorted(path.name for path in destination.glob("model*.safetensors"))
-    for name in dict.fromkeys([*_MARKS, *_CONFIGS, *listed, *shards]):
+    for name in dict.fromkeys([*_MARKS, PUSH_NAME, *_CONFIGS, FIGURES_NAME, *listed, *shards]):
         if Path(name).name == name and os.path.lexists(destination / name):
             yield destination / name
 

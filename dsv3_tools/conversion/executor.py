@@ -18,26 +18,22 @@ from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.crew import Crew
 from dsv3_tools.conversion.destination import (
-    State,
-    clear,
-    finished_shards,
     read_manifest,
-    replaceable_nbytes,
-    survey,
-    withdraw,
 )
-from dsv3_tools.conversion.devices import count_workers, host_nbytes_per_worker, resolve_devices
+from dsv3_tools.conversion.devices import count_workers, resolve_devices
+from dsv3_tools.conversion.fetching import absent_shards
 from dsv3_tools.conversion.finish import finish
-from dsv3_tools.conversion.identical import check_identical
 from dsv3_tools.conversion.options import RunOptions
-from dsv3_tools.conversion.plan import Plan, ShardPlan
-from dsv3_tools.conversion.preflight import check_places, check_room, check_scales, free_nbytes
+from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Stop
+from dsv3_tools.conversion.publishing import publish, publish_again, title_of
 from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.conversion.start import start
+from dsv3_tools.conversion.uploading import Finished, Uploader
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError, Dsv3Error
 
-__all__ = ["Preview", "RunResult", "preview", "run"]
+__all__ = ["RunResult", "run"]
 
 T = TypeVar("T")
 
@@ -50,7 +46,7 @@ class RunResult:
     are NaN or infinite by tensor, when they were kept; `blocks_compared` and `blocks_kept` count the
     blocks that were compared with an earlier quantization, and those that have its scale (a changed
     block may come to the same scale, with powers of two often). These are of the whole
-    result, whichever run wrote it.
+    result, whichever run wrote it. `pushed` is the commit on the Hub that has the result.
     """
 
     destination: Path
@@ -66,57 +62,12 @@ class RunResult:
     nonfinite: Mapping[str, int]
     blocks_compared: int
     blocks_kept: int
+    pushed: str | None = None
 
     @property
     def manifest(self) -> Path:
         """Where the SHA-256 of every file is written down."""
         return self.destination / MANIFEST_NAME
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a run would do with its destination.
-
-    `nbytes_needed` is what the disk must have free: not what the run removes first. `host_nbytes` bounds
-    the memory of all workers' buffers; `problem` is why the run would be refused, or None.
-    """
-
-    state: State
-    shards_to_write: int
-    nbytes_to_write: int
-    nbytes_needed: int
-    nbytes_free: int
-    devices: tuple[str, ...]
-    workers: int
-    host_nbytes: int
-    problem: Dsv3Error | None
-
-
-def preview(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions
-) -> Preview:
-    """Returns what `run` would do, having looked at everything but the data, and written nothing."""
-    problem, state, missing, devices, needed = None, State.FRESH, plan.shards, ["cpu"], 0
-    try:
-        devices = resolve_devices(options.device, options.ranks)
-        check_places(checkpoints, destination)
-        state = survey(plan, destination, overwrite=options.overwrite)
-        missing = _missing(plan, Workspace(destination), state)
-        needed = _check_room(plan, Workspace(destination), state)
-    except Dsv3Error as error:
-        problem = error
-    workers = count_workers(options.workers, devices, len(missing), options.ranks)
-    return Preview(
-        state=state,
-        shards_to_write=len(missing),
-        nbytes_to_write=sum(shard.nbytes for shard in missing),
-        nbytes_needed=needed,
-        nbytes_free=free_nbytes(destination),
-        devices=tuple(devices),
-        workers=workers,
-        host_nbytes=workers * host_nbytes_per_worker(devices, workers, plan.shards),
-        problem=problem,
-    )
 
 
 def run(
@@ -143,26 +94,58 @@ def run(
     with ExitStack() as held:
         _check_same_plan(ranks, plan)
         devices = _together(ranks, lambda: resolve_devices(options.device, ranks))[ranks.rank]
-        start = partial(_start, plan, checkpoints, workspace, options, held)
-        resumed = _together(ranks, start if ranks.is_first else _nothing)[0]
+        uploader = _uploader(plan, destination, options)
+        begin = partial(start, plan, checkpoints, workspace, options, devices, held, uploader)
+        resumed = _together(ranks, begin if ranks.is_first else _nothing)[0]
         if resumed is None:
-            return _result(plan, destination, began, devices, read_manifest(destination), complete=True)
+            found = read_manifest(destination)
+            pushed = None if uploader is None else publish_again(plan, workspace, found, options, uploader)
+            return _result(plan, destination, began, devices, found, complete=True, pushed=pushed)
         todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
         workers = count_workers(options.workers, devices, len(todo), ranks)
-        crew = Crew(plan, checkpoints, workspace, options, ranks, devices, workers)
+        needs = absent_shards(todo, checkpoints)
+        if uploader is not None:
+            held.enter_context(uploader)
+            for entry in resumed.values():
+                uploader.add(Finished(entry.shard, entry.sha256))
+        crew = Crew(plan, checkpoints, workspace, options, ranks, devices, workers, needs, uploader)
         written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
-        last = partial(finish, plan, checkpoints["source"], workspace, resumed | written)
-        manifest = _together(ranks, last if ranks.is_first else _nothing)[0]
+        last = partial(_finish, plan, checkpoints["source"], workspace, resumed | written, options, uploader)
+        manifest, pushed = _together(ranks, last if ranks.is_first else _nothing)[0] or ({}, None)
     return _result(
         plan,
         destination,
         began,
         devices,
-        manifest or {},
+        manifest,
         workers=workers,
+        pushed=pushed,
         written=len(written),
         resumed=len(resumed),
     )
+
+
+def _uploader(plan: Plan, destination: Path, options: RunOptions) -> Uploader | None:
+    if options.hub.push is None:
+        return None
+    stop, total = options.stop or Stop(), len(plan.shards)
+    title, keep = title_of(plan.operation, plan.digest), options.hub.keep_output
+    return Uploader(options.hub.push, title, destination, keep=keep, total=total, stop=stop)
+
+
+def _finish(
+    plan: Plan,
+    source: Checkpoint,
+    workspace: Workspace,
+    done: Mapping[str, JournalEntry],
+    options: RunOptions,
+    uploader: Uploader | None,
+) -> tuple[dict[str, Any], str | None]:
+    """Writes the small files, and uploads them if asked; returns the manifest, and the commit on the Hub."""
+    manifest = finish(plan, source, workspace, done)
+    pushed = None if uploader is None else publish(plan, workspace, manifest, options, uploader)
+    workspace.remove()
+    return manifest, pushed
 
 
 def _check_same_plan(ranks: Ranks, plan: Plan) -> None:
@@ -176,70 +159,6 @@ def _check_same_plan(ranks: Ranks, plan: Plan) -> None:
             "the ranks' plans differ: every rank must be given the same options and the same source files "
             "(with the same times), best on a shared filesystem"
         )
-
-
-def _start(
-    plan: Plan,
-    checkpoints: Mapping[str, Checkpoint],
-    workspace: Workspace,
-    options: RunOptions,
-    held: ExitStack,
-) -> dict[str, JournalEntry] | None:
-    """Checks everything that can be checked, takes the lock; returns the shards that are done.
-
-    Returns None when the whole result is there already.
-    """
-    destination, stop = workspace.destination, options.stop or Stop()
-    check_places(checkpoints, destination)
-    workspace.check_folder()
-    locked = workspace.folder.exists()
-    if locked:  # whoever works here is named at once
-        held.enter_context(workspace.locked())
-    state = survey(plan, destination, overwrite=options.overwrite)
-    # A run killed while it removed its working folder leaves the result and part of that folder.
-    if state is State.COMPLETE and not workspace.folder.exists():
-        return None
-    _check_room(plan, workspace, state)
-    missing = _missing(plan, workspace, state)
-    check_scales(missing, checkpoints, nonfinite=options.nonfinite, stop=stop)
-    check_identical(plan.identical, checkpoints, stop)
-    if not locked:
-        held.enter_context(workspace.locked())
-        # Another run may have come and gone since the first look.
-        state = survey(plan, destination, overwrite=options.overwrite)
-    if state is State.COMPLETE:
-        workspace.remove()
-        return None
-    if state is State.FRESH:
-        clear(destination)
-        workspace.record_plan(plan)
-    workspace.remove_temporaries()
-    workspace.forget_failure()
-    done = finished_shards(plan, workspace, keep_nonfinite=options.nonfinite == "keep", stop=stop)
-    if len(done) < len(plan.shards):
-        withdraw(destination)
-    return done
-
-
-def _missing(plan: Plan, workspace: Workspace, state: State) -> tuple[ShardPlan, ...]:
-    """Returns the shards that no journal line speaks of."""
-    if state is State.COMPLETE:
-        return ()
-    journal = workspace.read_journal() if state is State.RESUME else {}
-    return tuple(shard for shard in plan.shards if shard.name not in journal)
-
-
-def _check_room(plan: Plan, workspace: Workspace, state: State) -> int:
-    """Refuses a run that the disk cannot hold, counting what it would remove first as free.
-
-    Returns what it needs.
-    """
-    freed = workspace.temporary_nbytes()
-    if state is State.FRESH:
-        freed += replaceable_nbytes(workspace.destination)
-    needed = sum(shard.nbytes for shard in _missing(plan, workspace, state))
-    check_room(workspace.destination, needed - freed)
-    return max(0, needed - freed)
 
 
 def _nothing() -> None:
@@ -268,6 +187,7 @@ def _result(
     workers: int = 0,
     written: int = 0,
     resumed: int = 0,
+    pushed: str | None = None,
 ) -> RunResult:
     return RunResult(
         destination=destination,
@@ -283,4 +203,5 @@ def _result(
         nonfinite=manifest.get("nonfinite", {}),
         blocks_compared=manifest.get("blocks_compared", 0),
         blocks_kept=manifest.get("blocks_kept", 0),
+        pushed=pushed,
     )

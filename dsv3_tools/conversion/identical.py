@@ -47,7 +47,7 @@ def _difference(
 ) -> str | None:
     ours, theirs = checkpoints[copy.origin], checkpoints[original.origin]
     spec, other = ours.specs[copy.name], theirs.specs[original.name]
-    what = f"{ours.directory}: {copy.name} is not {original.name} of {theirs.directory}"
+    what = f"{ours.source}: {copy.name} is not {original.name} of {theirs.source}"
     if spec != other:
         return f"{what}: it is {spec}, that is {other}"
     buffers = [memoryview(bytearray(min(_CHUNK_NBYTES, spec.nbytes))) for _ in range(2)]

@@ -10,7 +10,6 @@ from dsv3_tools.checkpoint.architecture import mtp_copies
 from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, with_quantization
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_metadata
 from dsv3_tools.checkpoint.names import list_names
-from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.mtp_config import nextn_config, without_mtp
 from dsv3_tools.conversion.plan import SOURCE, Plan, Step, TensorRef
@@ -53,7 +52,7 @@ def read_halves(checkpoint: Checkpoint) -> Halves:
     ]
     if strays:
         raise CheckpointError(
-            f"{checkpoint.directory / CONFIG_NAME}: num_hidden_layers {config.num_hidden_layers} and "
+            f"{checkpoint.where(CONFIG_NAME)}: num_hidden_layers {config.num_hidden_layers} and "
             f"num_nextn_predict_layers {config.num_nextn_predict_layers} leave out {len(strays)} tensors of "
             f"later layers: {list_names(strays)}; if they are an MTP module, count its layers in config.json"
         )
@@ -117,7 +116,7 @@ def plan_split_mtp(
     layers, nextn = checkpoint.config.mtp_layers, layout == "sglang-nextn"
     if nextn and len(layers) > 1:
         raise UsageError(
-            f"--layout sglang-nextn: holds one MTP layer (SGLang drafts with one), {checkpoint.directory}"
+            f"--layout sglang-nextn: holds one MTP layer (SGLang drafts with one), {checkpoint.source}"
             f" has {len(layers)}; use --layout native"
         )
     copies = mtp_copies(checkpoint.config)
@@ -163,14 +162,14 @@ def _require_both(checkpoint: Checkpoint, halves: Halves) -> None:
     if halves.mtp and halves.main:
         return
     if halves.mtp:
-        raise CheckpointError(f"{checkpoint.directory}: holds an MTP module alone, there is nothing to split")
+        raise CheckpointError(f"{checkpoint.source}: holds an MTP module alone, there is nothing to split")
     count = checkpoint.config.num_nextn_predict_layers
     if count:
         raise CheckpointError(
-            f"{checkpoint.directory}: config.json says num_nextn_predict_layers {count}, but the weights of "
+            f"{checkpoint.source}: config.json says num_nextn_predict_layers {count}, but the weights of "
             "the MTP module are missing, there is nothing to split; set it to 0"
         )
-    raise CheckpointError(f"{checkpoint.directory}: has no MTP module, there is nothing to split")
+    raise CheckpointError(f"{checkpoint.source}: has no MTP module, there is nothing to split")
 
 
 def _names(checkpoint: Checkpoint, weights: Sequence[StoredWeight], reason: str) -> dict[str, str]:
@@ -193,7 +192,7 @@ def _finish(
     operation = f"split-mtp --{half}"
     plan = finish_plan(checkpoint, operation, options, steps, config, max_shard_size, dropped=dropped)
     if config == checkpoint.config_json:
-        text = read_small_file(checkpoint.directory, CONFIG_NAME, MAX_CONFIG_BYTES)
+        text = checkpoint.read_file(CONFIG_NAME, MAX_CONFIG_BYTES)
         plan = replace(plan, config=text)
     if max_shard_size is not None or not checkpoint.has_index:
         return plan
@@ -203,10 +202,10 @@ def _finish(
 def _restoring(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Returns what merging needs to give back the source's own shards and index."""
     homes = checkpoint.weight_map
-    index = read_small_file(checkpoint.directory, INDEX_NAME, MAX_INDEX_BYTES)
+    index = checkpoint.read_file(INDEX_NAME, MAX_INDEX_BYTES)
     return {
         "shards": {shard.name: homes[shard.steps[0].weight.name] for shard in plan.shards},
         "tensors": {name: homes[name] for name, reason in plan.dropped.items() if reason == _SHARED},
         "index_metadata": parse_metadata(index, INDEX_NAME),
-        "config": read_small_file(checkpoint.directory, CONFIG_NAME, MAX_CONFIG_BYTES).decode(),
+        "config": checkpoint.read_file(CONFIG_NAME, MAX_CONFIG_BYTES).decode(),
     }

@@ -49,7 +49,7 @@ def merged_config(
     edited = {**main.config_json, NEXTN_KEY: len(layers)}
     problems = list(_foreign(main, mtp, weights, module))
     if problems:
-        raise PlanError(str(main.directory), problems)
+        raise PlanError(str(main.source), problems)
     quantization = main.config_json.get("quantization_config")
     if not isinstance(quantization, dict):
         return edited
@@ -60,7 +60,7 @@ def _foreign(
     main: Checkpoint, mtp: Checkpoint, weights: Sequence[StoredWeight], module: Sequence[StoredWeight]
 ) -> Iterable[str]:
     """Yields the module's formats that the model's `config.json` does not describe."""
-    stated = read_formats(main.config_json, str(main.directory / CONFIG_NAME))
+    stated = read_formats(main.config_json, main.where(CONFIG_NAME))
     known = {_comparable(fmt) for fmt in (*stated, *(weight.format for weight in weights))}
     others: dict[str, list[StoredWeight]] = {}
     for weight in module:
@@ -70,7 +70,7 @@ def _foreign(
     for name, found in others.items():
         what = f"{name} ({found[0].format})" if name in ours else name
         yield (
-            f"{len(found)} weights of the MTP module in {mtp.directory} are {what} ({found[0].full_name} "
+            f"{len(found)} weights of the MTP module in {mtp.source} are {what} ({found[0].full_name} "
             f"...), those of the model are {' and '.join(ours) or 'not quantized'}; its "
             "config.json cannot describe both; convert the module to the model's format, or to BF16 "
             "(convert ... --partial)"
@@ -101,10 +101,10 @@ def _with_rules(
     quantized = Entries(coded, layers)
     if coded and (covering := next((entry for entry in entries if quantized.concern(entry)), None)):
         raise PlanError(
-            str(main.directory),
+            str(main.source),
             [
                 f"config.json: {key} has {covering!r}, which covers quantized weights of the MTP module in "
-                f"{mtp.directory}; the model has such weights unquantized, convert the module likewise"
+                f"{mtp.source}; the model has such weights unquantized, convert the module likewise"
             ],
         )
     bare = [weight for weight in module if isinstance(weight.format, Dense)]
@@ -112,9 +112,9 @@ def _with_rules(
     experts = any(weight.name.is_routed_expert for weight in lacking)
     if experts and quantization.get("quant_method") == "blockwise_int8":
         raise PlanError(
-            str(main.directory),
+            str(main.source),
             [
-                f"routed experts of the MTP module in {mtp.directory} are not quantized, and SGLang, the one "
+                f"routed experts of the MTP module in {mtp.source} are not quantized, and SGLang, the one "
                 "engine for INT8 blocks, has no rule for that; quantize the module, too (quantize int8 "
                 "--scheme block --partial)"
             ],

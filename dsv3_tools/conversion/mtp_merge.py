@@ -9,6 +9,7 @@ from dsv3_tools.checkpoint.architecture import differences, mtp_copies
 from dsv3_tools.checkpoint.config import ModelConfig
 from dsv3_tools.checkpoint.names import list_names, parse_name
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import is_same_source
 from dsv3_tools.conversion.checking import check_steps
 from dsv3_tools.conversion.layout import Location
 from dsv3_tools.conversion.mtp import copy_step, renumbered
@@ -67,8 +68,8 @@ def plan_merge(
         UsageError: both are the same directory.
         PlanError: what does not belong together or add up, all of it.
     """
-    if main.directory.resolve() == mtp.directory.resolve():
-        raise UsageError(f"{main.directory}: is given both as the model and as the MTP module")
+    if is_same_source(main.source, mtp.source):
+        raise UsageError(f"{main.source}: is given both as the model and as the MTP module")
     layers, stored, module = _parts(main, mtp)
     copies = mtp_copies(replace(main.config, num_nextn_predict_layers=len(layers)))
     repeated = list(_repeated(copies, module, main))
@@ -95,7 +96,7 @@ def plan_merge(
     pairs = () if allow_different_shared else tuple(_pairs(module, copies, main))
     plan = replace(plan, nbytes_in=main.nbytes + _nbytes(mtp, module), identical=pairs)
     if restored is None and repeated:
-        plan = replace(plan, notes=(_UNPROVEN.format(mtp.directory),))
+        plan = replace(plan, notes=(_UNPROVEN.format(mtp.source),))
     if restored is not None:
         plan = replace(plan, index_metadata=restored.index_metadata)
     if restored is not None and config == restored.config:
@@ -110,18 +111,18 @@ def _parts(main: Checkpoint, mtp: Checkpoint) -> tuple[range, Stored, list[Store
         CheckpointError: the one has a module already, or the other has none.
     """
     if main.config.is_nextn:
-        raise CheckpointError(f"{main.directory}: holds an MTP module, expected the model that it is for")
+        raise CheckpointError(f"{main.source}: holds an MTP module, expected the model that it is for")
     stored, own = read_stored(main), main.config.main_layers
     beyond = [w.full_name for w in stored.weights if w.name.layer is not None and w.name.layer not in own]
     if beyond:
         raise CheckpointError(
-            f"{main.directory}: has an MTP module already ({list_names(beyond)}); split-mtp --main makes a "
+            f"{main.source}: has an MTP module already ({list_names(beyond)}); split-mtp --main makes a "
             "model without it"
         )
     layers = mtp.config.mtp_layers
     weights = [weight for weight in read_stored(mtp).weights if weight.name.layer in layers]
     if not weights:
-        raise CheckpointError(f"{mtp.directory}: has no weights of an MTP module")
+        raise CheckpointError(f"{mtp.source}: has no weights of an MTP module")
     by = own.stop - layers.start
     return range(own.stop, own.stop + len(layers)), stored, [_moved(weight, by) for weight in weights]
 
@@ -163,10 +164,10 @@ def _check(
         alone = replace(main.config, num_nextn_predict_layers=0)
         problems += differences(alone, stored.logical)
         logical = {name: spec for name, spec in found.logical.items() if name.startswith(own)}
-        problems += [f"{mtp.directory}: {text}" for text in differences(mtp.config, logical, mtp_alone=True)]
+        problems += [f"{mtp.source}: {text}" for text in differences(mtp.config, logical, mtp_alone=True)]
     refused = {name: reason for name, reason in found.refused.items() if name in theirs}
     check_steps(
-        str(main.directory),
+        str(main.source),
         {SOURCE: main.specs, MTP: theirs},
         steps,
         dropped={},
@@ -181,16 +182,16 @@ def _dissimilar(main: Checkpoint, mtp: Checkpoint) -> Iterator[str]:
     for field in fields(ModelConfig):
         ours, theirs = getattr(main.config, field.name), getattr(mtp.config, field.name)
         if field.name not in _NOT_COMPARED and ours != theirs:
-            yield f"{field.name} is {ours}, that of the MTP module in {mtp.directory} is {theirs}"
+            yield f"{field.name} is {ours}, that of the MTP module in {mtp.source} is {theirs}"
     if not mtp.config.is_nextn and main.config.num_hidden_layers != mtp.config.num_hidden_layers:
         yield (
-            f"num_hidden_layers is {main.config.num_hidden_layers}, the MTP module in {mtp.directory} is for "
+            f"num_hidden_layers is {main.config.num_hidden_layers}, the MTP module in {mtp.source} is for "
             f"{mtp.config.num_hidden_layers} layers"
         )
     for key in _ARITHMETIC:
         ours, theirs = main.config_json.get(key), mtp.config_json.get(key)
         if key in main.config_json and key in mtp.config_json and ours != theirs:
-            given = f"that of the MTP module in {mtp.directory} is {str(theirs)[:100]}"
+            given = f"that of the MTP module in {mtp.source} is {str(theirs)[:100]}"
             yield f"{key} is {str(ours)[:100]}, {given}"
 
 

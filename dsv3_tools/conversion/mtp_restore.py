@@ -9,7 +9,6 @@ from typing import Any
 from dsv3_tools.checkpoint.config import parse_config
 from dsv3_tools.checkpoint.index import is_shard_name
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
-from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.plan import SOURCE
 from dsv3_tools.errors import CheckpointError
@@ -74,7 +73,7 @@ def find_restoration(main: Checkpoint, mtp: Checkpoint) -> Restoration | None:
 def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Returns the manifest, if it is there and its own."""
     try:
-        text = read_small_file(checkpoint.directory, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        text = checkpoint.read_file(MANIFEST_NAME, MAX_MANIFEST_BYTES)
         return parse_manifest(text, MANIFEST_NAME)
     except CheckpointError:
         return None

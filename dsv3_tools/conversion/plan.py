@@ -17,6 +17,7 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.header import Header, encode_header
 from dsv3_tools.checkpoint.index import INDEX_NAME, encode_index
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
+from dsv3_tools.checkpoint.source import HubRepo
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.share import Share
 from dsv3_tools.conversion.steps import SOURCE, Step, TensorRef
@@ -35,6 +36,7 @@ __all__ = [
     "SourceFile",
     "Step",
     "TensorRef",
+    "what_becomes",
 ]
 
 PLAN_VERSION = 1
@@ -64,6 +66,15 @@ class ShardPlan:
     def specs(self) -> dict[str, TensorSpec]:
         """Returns every tensor of the file."""
         return dict(pair for step in self.steps for pair in step.named_outputs())
+
+
+def what_becomes(step: Step) -> tuple[str, str]:
+    """Returns the form that a step finds, and the one that it leaves or "copied"."""
+    if step.source and step.target and step.source != step.target:
+        return step.source.name, step.target.name + _what_happens(step.source, step.target)
+    if step.source and not isinstance(step.source, Dense):
+        return step.source.name, "copied"
+    return step.dtype, "copied"
 
 
 def _what_happens(source: Format, target: Format) -> str:
@@ -130,6 +141,7 @@ class Plan:
         identical: pairs of tensors that must hold the same bytes, checked before anything is written.
         index_metadata: the index's "metadata", `total_size` apart; None for the usual one.
         restoring: what the manifest says for the sake of merging: shards as the source had them.
+        repositories: the sources that are on the Hub, at their commits, by origin.
     """
 
     operation: str
@@ -147,6 +159,7 @@ class Plan:
     identical: tuple[tuple[TensorRef, TensorRef], ...] = ()
     index_metadata: Mapping[str, Any] | None = None
     restoring: Mapping[str, Any] = field(default_factory=dict)
+    repositories: Mapping[str, HubRepo] = field(default_factory=dict)
 
     @property
     def commit_point(self) -> str:
@@ -167,6 +180,8 @@ class Plan:
         }
         if self.restoring or self.index_metadata is not None:
             document |= {"restoring": self.restoring, "index_metadata": self.index_metadata}
+        if self.repositories:
+            document["repositories"] = {origin: [r.name, r.commit] for origin, r in self.repositories.items()}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -216,11 +231,7 @@ class Plan:
         before: Counter[tuple[str, str]] = Counter()
         after: Counter[tuple[str, str]] = Counter()
         for step in (step for shard in self.shards for step in shard.steps):
-            key = (step.dtype, "copied")
-            if step.source and step.target and step.source != step.target:
-                key = (step.source.name, step.target.name + _what_happens(step.source, step.target))
-            elif step.source and not isinstance(step.source, Dense):
-                key = (step.source.name, "copied")
+            key = what_becomes(step)
             counts[key] += 1
             own = {part: spec for part, spec in step.input_specs(step.shape).items() if part != LIKE_PART}
             before[key] += sum(spec.nbytes for spec in own.values())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dsv3_tools.checkpoint.architecture import differences
 from dsv3_tools.checkpoint.config import CONFIG_NAME, encode_config
-from dsv3_tools.checkpoint.paths import read_small_file, side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import HubRepo
 from dsv3_tools.conversion.checking import check_steps
 from dsv3_tools.conversion.layout import Location, lay_out
 from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef
@@ -26,6 +25,7 @@ __all__ = [
     "finish_plan",
     "read_stored",
     "recode_step",
+    "repositories",
     "require_work",
     "source_files",
 ]
@@ -42,7 +42,7 @@ def read_stored(checkpoint: Checkpoint) -> Stored:
     Raises:
         FormatError: a quantization that is not known here.
     """
-    where = str(checkpoint.directory / CONFIG_NAME)
+    where = checkpoint.where(CONFIG_NAME)
     formats = read_formats(checkpoint.config_json, where)
     stored = find_weights(checkpoint.specs, formats)
     awq = next(((w, w.format) for w in stored.weights if isinstance(w.format, INT4AWQ)), None)
@@ -105,7 +105,7 @@ def check_plan(
     if incomplete:
         incomplete[-1] += " (--partial converts what is there)"
     check_steps(
-        str(checkpoint.directory),
+        str(checkpoint.source),
         {origin: other.specs for origin, other in _origins(checkpoint, like).items()},
         steps,
         dropped=dropped or {},
@@ -143,7 +143,8 @@ def finish_plan(
         location: where a step's weight is; None is for weights of the source alone.
         keep_names: shards have the names in `location`.
     """
-    travel, stay = side_files(checkpoint.directory, checkpoint.shards)
+    travel, stay = checkpoint.side_files()
+    checkpoints = {**_origins(checkpoint, like), **(others or {})}
     place = location or (lambda step: checkpoint.location(step.weight.name))
     return Plan(
         operation=operation,
@@ -153,8 +154,9 @@ def finish_plan(
         config=encode_config(config),
         side_files=tuple(travel),
         left_behind=tuple(stay),
-        source_files=source_files({**_origins(checkpoint, like), **(others or {})}, travel),
+        source_files=source_files(checkpoints, travel),
         nbytes_in=checkpoint.nbytes,
+        repositories=repositories(checkpoints),
     )
 
 
@@ -165,7 +167,7 @@ def require_work(checkpoint: Checkpoint, steps: Sequence[Step], what: str) -> No
         CheckpointError: every step is a copy.
     """
     if all(step.is_copy for step in steps):
-        raise CheckpointError(f"{checkpoint.directory}: {what}")
+        raise CheckpointError(f"{checkpoint.source}: {what}")
 
 
 def _origins(checkpoint: Checkpoint, like: Checkpoint | None) -> dict[str, Checkpoint]:
@@ -179,12 +181,16 @@ def source_files(checkpoints: Mapping[str, Checkpoint], travel: Sequence[str]) -
         for origin, checkpoint in checkpoints.items()
         for shard in checkpoint.shards.values()
     ]
-    directory = checkpoints[SOURCE].directory
-    files += [_small_file(directory, name) for name in (CONFIG_NAME, *travel)]
+    files += [_small_file(checkpoints[SOURCE], name) for name in (CONFIG_NAME, *travel)]
     return tuple(files)
 
 
-def _small_file(directory: Path, name: str) -> SourceFile:
+def repositories(checkpoints: Mapping[str, Checkpoint]) -> dict[str, HubRepo]:
+    """Returns those of a run's sources that are on the Hub, by origin."""
+    return {origin: c.source for origin, c in checkpoints.items() if isinstance(c.source, HubRepo)}
+
+
+def _small_file(checkpoint: Checkpoint, name: str) -> SourceFile:
     """Returns a file that is known by its content alone: touching it changes nothing."""
-    data = read_small_file(directory, name, MAX_SIDE_FILE_BYTES)
+    data = checkpoint.read_file(name, MAX_SIDE_FILE_BYTES)
     return SourceFile(SOURCE, name, len(data), 0, 0, hashlib.sha256(data).hexdigest())

@@ -42,18 +42,19 @@ def check_places(checkpoints: Mapping[str, Checkpoint], destination: Path) -> No
         UsageError: naming both places.
     """
     target = destination.resolve()
-    for checkpoint in checkpoints.values():
-        source = checkpoint.directory.resolve()
+    local = {c.source: c for c in checkpoints.values() if isinstance(c.source, Path)}
+    for directory in local:
+        source = directory.resolve()
         same = target == source or (target.exists() and os.path.samefile(target, source))
         if same or target.is_relative_to(source) or source.is_relative_to(target):
             raise UsageError(
-                f"{destination}: the destination and {checkpoint.directory} are the same directory or one "
+                f"{destination}: the destination and {directory} are the same directory or one "
                 "lies in the other; choose a directory beside it"
             )
     if not target.is_dir():
         return
     sources = {
-        _identity(shard.path) for checkpoint in checkpoints.values() for shard in checkpoint.shards.values()
+        _identity(checkpoint.path(shard)) for checkpoint in local.values() for shard in checkpoint.shards
     }
     for path in target.glob("*.safetensors"):
         if path.exists() and _identity(path) in sources:
@@ -117,7 +118,7 @@ def check_scales(
     with ThreadPoolExecutor(8) as pool:
         problems = [problem for found in pool.map(judge, [*steps, *copied.values()]) for problem in found]
     if problems:
-        raise CheckpointError(f"{checkpoints['source'].directory}: {join_problems(problems)}")
+        raise CheckpointError(f"{checkpoints['source'].source}: {join_problems(problems)}")
 
 
 def content_problems(step: Step, checkpoints: Mapping[str, Checkpoint], *, keep: bool = False) -> list[str]:

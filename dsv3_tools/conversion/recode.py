@@ -108,7 +108,7 @@ def plan_bf16_to_fp8(
     """
     if "quantization_config" in checkpoint.config_json:
         raise CheckpointError(
-            f"{checkpoint.directory / CONFIG_NAME}: has a quantization_config, expected an unquantized model"
+            f"{checkpoint.where(CONFIG_NAME)}: has a quantization_config, expected an unquantized model"
         )
     fp8 = _target_format(scale_fmt, like)
     stored = find_weights(checkpoint.specs, ())
@@ -170,7 +170,7 @@ def _stated_formats(checkpoint: Checkpoint, operation: str) -> Sequence[Format]:
         CheckpointError: it states none that `operation` is for.
         FormatError: it states another quantization.
     """
-    where = str(checkpoint.directory / CONFIG_NAME)
+    where = checkpoint.where(CONFIG_NAME)
     if not isinstance(checkpoint.config_json.get("quantization_config"), dict):
         example = f" like {FP8Block().quantization_config()}" if operation == "fp8-to-bf16" else ""
         raise CheckpointError(
@@ -192,12 +192,12 @@ def _target_format(scale_fmt: str | None, like: Checkpoint | None) -> FP8Block:
         return FP8Block(scale_fmt=scale_fmt or "f32")
     fmt = _stated_formats(like, "fp8-to-bf16")[0]
     if not isinstance(fmt, FP8Block) or fmt.scale_part != SCALE_PART:
-        raise CheckpointError(f"{like.directory}: is not in the released FP8 layout, which --like asks for")
+        raise CheckpointError(f"{like.source}: is not in the released FP8 layout, which --like asks for")
     if fmt.inverse_scales:
-        raise CheckpointError(f"{like.directory}: stores reciprocal scales, which --like cannot take over")
+        raise CheckpointError(f"{like.source}: stores reciprocal scales, which --like cannot take over")
     if scale_fmt not in (None, fmt.scale_fmt):
         raise UsageError(
-            f"--scale-fmt {scale_fmt}: {like.directory} has {fmt.scale_fmt} scales; leave one of them out"
+            f"--scale-fmt {scale_fmt}: {like.source} has {fmt.scale_fmt} scales; leave one of them out"
         )
     return fmt
 
@@ -215,9 +215,9 @@ def _unlike(name: str, spec: TensorSpec, like: Checkpoint | None) -> str | None:
         return None
     original = like.specs.get(name)
     if original is None:
-        return f"is not in {like.directory}"
+        return f"is not in {like.source}"
     if original.shape != spec.shape:
-        return f"is {spec}, in {like.directory} it is {original}"
+        return f"is {spec}, in {like.source} it is {original}"
     return None
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv3_tools.checkpoint.reader import Checkpoint
-from dsv3_tools.conversion.executor import Preview, preview
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.preview import Preview, preview
 from dsv3_tools.errors import DestinationError, Dsv3Error, UsageError
 
 __all__ = ["Part", "check_together", "preview_together"]

@@ -7,6 +7,7 @@
 .dsv3/plan.json       digest of the plan and what its source files were
 .dsv3/journal*.jsonl  one line for each finished shard, appended after its rename
 .dsv3/*.tmp           files being written
+.dsv3/source-*/       shards fetched from the Hub, one folder for each rank
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from dsv3_tools.checkpoint.durable import destination_errors, write_file
 from dsv3_tools.checkpoint.paths import WORK_FOLDER
+from dsv3_tools.checkpoint.source import HubRepo
 from dsv3_tools.conversion.plan import Plan, SourceFile
 from dsv3_tools.errors import DestinationError
 
@@ -139,9 +142,18 @@ class Workspace:
             "operation": plan.operation,
             "options": plan.options,
             "sources": [asdict(file) for file in plan.source_files],
+            "repositories": {origin: asdict(repo) for origin, repo in plan.repositories.items()},
             "shards": [[shard.name, shard.nbytes, shard.header_sha256] for shard in plan.shards],
         }
         write_file(self.folder / PLAN_NAME, json.dumps(record).encode(), folder=self.folder)
+
+    def begun_repositories(self) -> dict[str, HubRepo]:
+        """Returns the sources on the Hub of a run that has not finished here, by origin."""
+        try:
+            record = json.loads((self.folder / PLAN_NAME).read_bytes())
+            return {origin: HubRepo(**repo) for origin, repo in record["repositories"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
 
     def has_plan(self) -> bool:
         """Whether a run has begun here."""
@@ -185,9 +197,18 @@ class Workspace:
             for path in self.folder.glob("*.tmp"):
                 path.unlink(missing_ok=True)
 
+    def source_folder(self, rank: int) -> Path:
+        """Returns where a rank keeps shards from the Hub while it needs them."""
+        return self.folder / f"source-{rank}"
+
+    def source_nbytes(self) -> int:
+        """Returns the bytes of such shards, from a run that was stopped."""
+        return sum(path.lstat().st_size for path in self.folder.glob("source-*/**/*.safetensors"))
+
     def clear(self) -> None:
-        """Forgets an earlier run: its plan, journals and temporary files."""
+        """Forgets an earlier run: its plan, journals, temporary files and fetched shards."""
         with destination_errors(self.folder, "removing an earlier run's records"):
+            self._remove_sources()
             for path in self._own_files():
                 path.unlink(missing_ok=True)
 
@@ -198,6 +219,7 @@ class Workspace:
         that run.
         """
         with suppress(OSError):
+            self._remove_sources()
             for path in self._own_files():
                 path.unlink(missing_ok=True)
             for name in (OWNER_NAME, "lock"):
@@ -217,6 +239,13 @@ class Workspace:
         """Lets a new run begin where one has failed."""
         with destination_errors(self.folder, "removing an earlier run's records"):
             (self.folder / FAILED_NAME).unlink(missing_ok=True)
+
+    def _remove_sources(self) -> None:
+        for path in self.folder.glob("source-*"):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
     def _own_files(self) -> list[Path]:
         """Returns the records of runs; the plan last, for a folder without one is taken as untouched."""

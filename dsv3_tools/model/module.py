@@ -60,13 +60,13 @@ def find_module(checkpoint: Checkpoint, dims: ModelConfig) -> Module:
     numbers = sorted(name.layer for name in parsed if name is not None and name.layer is not None)
     if not numbers:
         raise CheckpointError(
-            f"{checkpoint.directory}: no eh_proj.weight in any layer: there is no MTP module here"
+            f"{checkpoint.source}: no eh_proj.weight in any layer: there is no MTP module here"
         )
     values = ((key, getattr(checkpoint.config, key), getattr(dims, key)) for key in _SHARED)
     wrong = [f"{name} is {own}, the main model has {main}" for name, own, main in values if own != main]
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.directory / CONFIG_NAME}: a module for another model: {'; '.join(wrong)}"
+            f"{checkpoint.where(CONFIG_NAME)}: a module for another model: {'; '.join(wrong)}"
         )
     return Module(
         checkpoint, {number: dims.num_hidden_layers + place for place, number in enumerate(numbers)}

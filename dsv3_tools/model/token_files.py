@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.dtypes import DTYPES
-from dsv3_tools.checkpoint.reader import read_shard_header
+from dsv3_tools.checkpoint.files import read_shard_header
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import CheckpointError, UsageError
 

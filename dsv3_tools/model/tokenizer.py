@@ -24,11 +24,14 @@ from dsv3_tools.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["TOKENIZER_NAME", "Tokenizer", "read_tokenizer"]
+__all__ = ["TOKENIZER_FILES", "TOKENIZER_NAME", "Tokenizer", "read_tokenizer"]
 
 TOKENIZER_NAME = "tokenizer.json"
 
 _CONFIG_NAME = "tokenizer_config.json"
+
+TOKENIZER_FILES = (TOKENIZER_NAME, _CONFIG_NAME)
+"""What a tokenizer is read from."""
 _MAX_TOKENIZER_BYTES = 200_000_000
 _NOT_READ = ("tiktoken.model", "tokenizer.model")
 """Vocabularies without the rules by which text is split; those are in Python code beside them."""

@@ -94,7 +94,7 @@ class Transformer:
         if dtype not in COMPUTE_DTYPES:
             raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(COMPUTE_DTYPES)}")
         self.checkpoint = checkpoint
-        self.settings = Settings.from_json(checkpoint.config_json, str(checkpoint.directory / CONFIG_NAME))
+        self.settings = Settings.from_json(checkpoint.config_json, checkpoint.where(CONFIG_NAME))
         self.device = torch.device(device)
         self.dtype = compute_dtype(dtype)
         self.ranks = ranks or ALONE
@@ -180,7 +180,7 @@ class Transformer:
         """
         if index not in range(len(self.mtp_layers)):
             raise UsageError(
-                f"{self.checkpoint.directory}: MTP layer {index} is asked for, the checkpoint has "
+                f"{self.checkpoint.source}: MTP layer {index} is asked for, the checkpoint has "
                 f"{len(self.mtp_layers)}"
             )
         return Mtp(self, index, is_repeated=is_repeated)
@@ -264,7 +264,7 @@ class Transformer:
         shape = expected[wanted.name].shape if wanted.name in expected else found
         if found != shape:
             yield (
-                f"{self.checkpoint.directory}: {wanted.name} is {list(found)}, config.json makes it "
+                f"{self.checkpoint.source}: {wanted.name} is {list(found)}, config.json makes it "
                 f"{list(shape)}"
             )
 

@@ -197,7 +197,7 @@ class WeightSource:
         """
         if wanted.name not in self._stored:
             raise CheckpointError(
-                f"{self.checkpoint.directory}: {wanted.name} "
+                f"{self.checkpoint.source}: {wanted.name} "
                 f"{self._refused.get(wanted.name, 'is missing')}; the forward pass needs it"
             )
         checkpoint, stored = self._stored[wanted.name]
@@ -213,7 +213,7 @@ class WeightSource:
 
 
 def _find(checkpoint: Checkpoint) -> Stored:
-    where = str(checkpoint.directory / CONFIG_NAME)
+    where = checkpoint.where(CONFIG_NAME)
     return find_weights(checkpoint.specs, read_formats(checkpoint.config_json, where))
 
 
@@ -223,7 +223,7 @@ def _check(checkpoint: Checkpoint, stored: StoredWeight) -> None:
         found = checkpoint.specs.get(name)
         if found != expected[part]:
             raise FormatError(
-                f"{checkpoint.directory}: {name} is {found or 'missing'}, expected {expected[part]} "
+                f"{checkpoint.source}: {name} is {found or 'missing'}, expected {expected[part]} "
                 f"for {stored.format.name} weights of shape {list(stored.shape)}"
             )
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES
-from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source, SourceLike
 from dsv3_tools.engines import ENGINES, ModelView, Verdict, verdict
 from dsv3_tools.errors import UsageError
 
@@ -27,7 +25,7 @@ class CheckReport:
         verdicts: by engine, of the one or of all.
     """
 
-    directory: Path
+    directory: Source
     engine: str | None
     tp: int
     verdicts: dict[str, Verdict]
@@ -45,7 +43,7 @@ class CheckReport:
         return tuple(problem.message for problem in self.verdicts[self.engine].failures)
 
 
-def check(directory: str | os.PathLike[str], *, engine: str | None = None, tp: int = 1) -> CheckReport:
+def check(directory: SourceLike, *, engine: str | None = None, tp: int = 1) -> CheckReport:
     """Returns what an engine would refuse or misread in a checkpoint; no weight is read, no engine is run.
 
     Example:
@@ -79,13 +77,11 @@ def check(directory: str | os.PathLike[str], *, engine: str | None = None, tp: i
             has_index_metadata=_has_metadata(checkpoint),
         )
         names = list(ENGINES) if engine is None else [engine]
-        return CheckReport(
-            checkpoint.directory, engine, tp, {name: verdict(view, name, tp) for name in names}
-        )
+        return CheckReport(checkpoint.source, engine, tp, {name: verdict(view, name, tp) for name in names})
 
 
 def _has_metadata(checkpoint: Checkpoint) -> bool:
     """Whether the index has its metadata; without an index, nobody asks."""
     if not checkpoint.has_index:
         return True
-    return "metadata" in json.loads(read_small_file(checkpoint.directory, INDEX_NAME, MAX_INDEX_BYTES))
+    return "metadata" in json.loads(checkpoint.read_file(INDEX_NAME, MAX_INDEX_BYTES))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from dsv3_tools.checkpoint.architecture import differences, is_mtp_alone
 from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig
-from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.checkpoint.names import list_names, parse_name
-from dsv3_tools.checkpoint.paths import side_files
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source, SourceLike
 from dsv3_tools.errors import FormatError
 from dsv3_tools.formats import Dense, Format, FP8Block
 from dsv3_tools.formats.stored import Stored, StoredWeight, find_weights, read_formats
@@ -96,7 +94,7 @@ class MTPModule:
 class Inspection:
     """What `dsv3 inspect` shows."""
 
-    directory: Path
+    directory: Source
     model_type: str
     config: ModelConfig
     quantization: dict[str, Any] | None
@@ -115,7 +113,7 @@ class Inspection:
     odd: tuple[str, ...]
 
 
-def inspect(directory: str | os.PathLike[str]) -> Inspection:
+def inspect(directory: SourceLike) -> Inspection:
     """Returns what a checkpoint is, from `config.json`, index and headers; torch is not needed.
 
     Example:
@@ -130,7 +128,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
         mtp = [name for name in checkpoint.specs if _layer(name) in checkpoint.config.mtp_layers]
         quantization = checkpoint.config_json.get("quantization_config")
         return Inspection(
-            directory=checkpoint.directory,
+            directory=checkpoint.source,
             model_type=checkpoint.config.model_type,
             config=checkpoint.config,
             quantization=quantization if isinstance(quantization, dict) else None,
@@ -145,7 +143,7 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
             mtp_tensors=len(mtp),
             mtp_nbytes=sum(checkpoint.specs[name].nbytes for name in mtp),
             mtp=_find_module(checkpoint, stored),
-            written_by_dsv3=(checkpoint.directory / MANIFEST_NAME).exists(),
+            written_by_dsv3=checkpoint.has_file(MANIFEST_NAME),
             odd=(*flaws(checkpoint, stored, problem), *remarks(checkpoint, stored)),
         )
 
@@ -267,7 +265,7 @@ def remarks(checkpoint: Checkpoint, stored: Stored) -> Iterator[str]:
             f"{list_names(sorted(apart))}"
         )
     yield from _index_oddities(checkpoint)
-    _, left_behind = side_files(checkpoint.directory, checkpoint.shards)
+    _, left_behind = checkpoint.side_files()
     pickles = [name for name in left_behind if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if pickles:
         yield f"pickle files, never opened nor copied: {list_names(pickles)}"
@@ -276,7 +274,7 @@ def remarks(checkpoint: Checkpoint, stored: Stored) -> Iterator[str]:
 def _index_oddities(checkpoint: Checkpoint) -> Iterator[str]:
     if not checkpoint.has_index:
         return
-    document = json.loads((checkpoint.directory / INDEX_NAME).read_bytes())
+    document = json.loads(checkpoint.read_file(INDEX_NAME, MAX_INDEX_BYTES))
     metadata = document.get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     if stated != checkpoint.nbytes:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_tools.checkpoint.deepseek_infer import check_ranks, holds_ranks
+from dsv3_tools.checkpoint.files import read_shard_header
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
 from dsv3_tools.checkpoint.paths import hub_blob_sha256, read_small_file, regular_file
-from dsv3_tools.checkpoint.reader import Checkpoint, read_shard_header
+from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.errors import CheckpointError, Dsv3Error
 from dsv3_tools.verify.threads import wait_for

@@ -13,6 +13,7 @@ from typing import Any
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import SourceLike
 from dsv3_tools.conversion.devices import resolve_devices
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.conversion.ranks import Ranks
@@ -20,6 +21,7 @@ from dsv3_tools.errors import UsageError, VerificationFailed
 from dsv3_tools.formats import Dense, Format
 from dsv3_tools.formats.stored import find_weights, read_formats
 from dsv3_tools.model.settings import Settings
+from dsv3_tools.model.tokenizer import TOKENIZER_FILES
 from dsv3_tools.model.tokens import read_tokens
 from dsv3_tools.verify.devices import COMPUTE_DTYPES, default_dtype, run_on
 from dsv3_tools.verify.expectations import label
@@ -33,8 +35,8 @@ __all__ = ["verify_logits"]
 
 
 def verify_logits(
-    reference: str | os.PathLike[str],
-    candidate: str | os.PathLike[str],
+    reference: SourceLike,
+    candidate: SourceLike,
     *,
     tokens: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | None = None,
@@ -119,7 +121,7 @@ def verify_logits(
         thresholds = with_limits(preset or choose_preset(*formats), limits)
         differences = _compare_settings(ours, theirs)
         given = read_tokens(
-            ours.directory,
+            ours.folder_of(TOKENIZER_FILES),
             tokens=None if tokens is None else Path(tokens),
             text=None if text is None else Path(text),
             length=length,
@@ -132,7 +134,7 @@ def verify_logits(
     dtype = dtype or default_dtype(devices)
     if dtype not in COMPUTE_DTYPES:
         raise UsageError(f"--dtype {dtype}: expected {' or '.join(COMPUTE_DTYPES)}")
-    request = Request(ours.directory, theirs.directory, given.batch_BL, dtype, baseline)
+    request = Request(ours.source, theirs.source, given.batch_BL, dtype, baseline)
     meter = Meter(sum(layer_nbytes.values()), len(layer_nbytes), on_progress)
 
     def report_layer(number: object) -> None:
@@ -144,8 +146,8 @@ def verify_logits(
     reference_perplexity = _perplexity(found.main)
     ends = {"embedding": found.embedding, "head": found.main.error}
     return LogitsReport(
-        reference=ours.directory,
-        candidate=theirs.directory,
+        reference=ours.source,
+        candidate=theirs.source,
         tokens=given.source,
         num_sequences=given.batch_BL.shape[0],
         length=given.batch_BL.shape[1],
@@ -179,7 +181,7 @@ def _compare_settings(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
     Raises:
         VerificationFailed: a dimension differs, so that hidden states cannot be compared.
     """
-    one, other = (Settings.from_json(c.config_json, str(c.directory / CONFIG_NAME)) for c in (ours, theirs))
+    one, other = (Settings.from_json(c.config_json, c.where(CONFIG_NAME)) for c in (ours, theirs))
     dims = [
         f"{name} is {theirs_value}, the reference has {ours_value}"
         for name, ours_value, theirs_value in _differing(one.dims, other.dims)
@@ -187,7 +189,7 @@ def _compare_settings(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
     ]
     if dims:
         raise VerificationFailed(
-            f"{theirs.directory / CONFIG_NAME}: another architecture than {ours.directory}: {'; '.join(dims)}"
+            f"{theirs.where(CONFIG_NAME)}: another architecture than {ours.source}: {'; '.join(dims)}"
         )
     return tuple(
         f"{CONFIG_NAME}: {name} is {theirs_value}, the reference has {ours_value}"
@@ -210,7 +212,7 @@ def _differing(one: object, other: object) -> Iterator[tuple[str, Any, Any]]:
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Format]:
     """Returns the format of every weight, by its name in an unquantized checkpoint."""
-    formats = read_formats(checkpoint.config_json, str(checkpoint.directory / CONFIG_NAME))
+    formats = read_formats(checkpoint.config_json, checkpoint.where(CONFIG_NAME))
     return {weight.full_name: weight.format for weight in find_weights(checkpoint.specs, formats).weights}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from dsv3_tools.checkpoint.source import Source
 
 __all__ = [
     "RUNS",
@@ -225,8 +226,8 @@ class LogitsReport:
             hidden states, relative to them.
     """
 
-    reference: Path
-    candidate: Path
+    reference: Source
+    candidate: Source
     tokens: str
     num_sequences: int
     length: int

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.model.head import Head
 from dsv3_tools.model.launch import Report
 from dsv3_tools.model.parallel import RankGroup
@@ -34,8 +34,8 @@ _ON_HOST_FROM = 16 << 30
 class Request:
     """What to compare: the same in every rank."""
 
-    reference: Path
-    candidate: Path
+    reference: Source
+    candidate: Source
     tokens_BL: Tensor
     dtype: str
     baseline: bool

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source, SourceLike, parse_source
 from dsv3_tools.conversion.devices import resolve_devices
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.errors import UsageError
+from dsv3_tools.model.tokenizer import TOKENIZER_FILES
 from dsv3_tools.model.tokens import read_tokens
 from dsv3_tools.verify.devices import COMPUTE_DTYPES, default_dtype, run_on
 from dsv3_tools.verify.mtp_run import Drafts, MtpRequest, draft
@@ -82,8 +84,8 @@ class MtpReport:
         seconds: the whole run took.
     """
 
-    directory: Path
-    module: Path
+    directory: Source
+    module: Source
     tokens: str
     devices: tuple[str, ...]
     dtype: str
@@ -103,9 +105,9 @@ class MtpReport:
 
 
 def verify_mtp(
-    source: str | os.PathLike[str],
+    source: SourceLike,
     *,
-    mtp: str | os.PathLike[str] | None = None,
+    mtp: SourceLike | None = None,
     drafts: int = 3,
     min_acceptance: float = MIN_ACCEPTANCE,
     tokens: str | os.PathLike[str] | None = None,
@@ -149,13 +151,14 @@ def verify_mtp(
     _check_options(drafts, min_acceptance, dtype)
     with Checkpoint(source) as checkpoint:
         given = read_tokens(
-            checkpoint.directory,
+            checkpoint.folder_of(TOKENIZER_FILES),
             tokens=None if tokens is None else Path(tokens),
             text=None if text is None else Path(text),
             length=length,
             max_tokens=max_tokens,
             vocab_size=checkpoint.config.vocab_size,
         )
+        module = None if mtp is None else parse_source(mtp)
         num_layers, nbytes = checkpoint.config.num_hidden_layers, checkpoint.nbytes
     if given.batch_BL.shape[1] < drafts + 2:
         raise UsageError(
@@ -166,9 +169,7 @@ def verify_mtp(
     devices = resolve_devices(device, ranks)
     dtype = dtype or default_dtype(devices)
     meter = Meter(nbytes, num_layers, on_progress)
-    request = MtpRequest(
-        checkpoint.directory, None if mtp is None else Path(mtp), given.batch_BL, dtype, drafts
-    )
+    request = MtpRequest(checkpoint.source, module, given.batch_BL, dtype, drafts)
     found = run_on(
         devices, draft, request, lambda _: meter.add(nbytes // num_layers, shards=1), stop or Stop()
     )
@@ -176,8 +177,8 @@ def verify_mtp(
     problems = tuple(_problems(results[0], min_acceptance))
     main_choice = found.main_choice_BL[:, :-1]
     return MtpReport(
-        directory=checkpoint.directory,
-        module=checkpoint.directory if mtp is None else Path(mtp),
+        directory=checkpoint.source,
+        module=module or checkpoint.source,
         tokens=given.source,
         devices=tuple(devices * ranks.world_size),
         dtype=dtype,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.errors import CheckpointError
 from dsv3_tools.model.head import Head
 from dsv3_tools.model.launch import Report
@@ -29,8 +29,8 @@ __all__ = ["DraftStep", "Drafts", "MtpRequest", "draft"]
 class MtpRequest:
     """What to run: the same in every rank. `module` is the MTP module's checkpoint, if it has its own."""
 
-    source: Path
-    module: Path | None
+    source: Source
+    module: Source | None
     tokens_BL: Tensor
     dtype: str
     num_drafts: int

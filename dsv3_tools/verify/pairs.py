@@ -95,11 +95,11 @@ def part_problems(checkpoint: Checkpoint, weight: StoredWeight) -> Iterator[str]
 
 def _own_problems(checkpoint: Checkpoint, stored: Stored) -> Iterator[str]:
     """Yields the tensors of one checkpoint that store nothing."""
-    yield from (f"{checkpoint.directory}: {name} {reason}" for name, reason in stored.refused.items())
+    yield from (f"{checkpoint.source}: {name} {reason}" for name, reason in stored.refused.items())
     counts = Counter(weight.full_name for weight in stored.weights)
     for name, number in counts.items():
         if number > 1:
-            yield f"{checkpoint.directory}: {name} is stored {number} times, in different formats"
+            yield f"{checkpoint.source}: {name} is stored {number} times, in different formats"
 
 
 def _missing(
@@ -130,7 +130,7 @@ def _pair_problems(pair: Pair, reference: Checkpoint, candidate: Checkpoint) -> 
         yield f"{pair.name}: has the shape {list(theirs.shape)}, expected {list(ours.shape)}"
         return
     for checkpoint, weight in ((reference, ours), (candidate, theirs)):
-        yield from (f"{checkpoint.directory}: {problem}" for problem in part_problems(checkpoint, weight))
+        yield from (f"{checkpoint.source}: {problem}" for problem in part_problems(checkpoint, weight))
     if ours.name.parameter == _ROUTER_BIAS and _is_narrower(pair):
         yield (
             f"{pair.name}: is {theirs.format.code_dtype}, expected {ours.format.code_dtype}: no format "

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from dsv3_tools.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source, SourceLike, parse_source
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.plan import SOURCE
 from dsv3_tools.conversion.planning import read_stored, recode_step
 from dsv3_tools.conversion.preflight import content_problems
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
-from dsv3_tools.errors import CheckpointError, Dsv3Error
+from dsv3_tools.errors import CheckpointError, Dsv3Error, NetworkError
 from dsv3_tools.formats import Dense
 from dsv3_tools.formats.stored import StoredWeight
 from dsv3_tools.verify.inspection import flaws, read_what_is_stored, remarks
@@ -40,7 +41,7 @@ class StructureReport:
         notes: what is odd, but does no harm.
     """
 
-    directory: Path
+    directory: Source
     data: bool
     num_tensors: int
     nbytes: int
@@ -64,7 +65,7 @@ class _Task:
 
 
 def verify_structure(
-    directory: str | os.PathLike[str],
+    directory: SourceLike,
     *,
     data: bool = True,
     workers: int | None = None,
@@ -92,11 +93,13 @@ def verify_structure(
     Raises:
         CheckpointError: `directory` is no directory.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
+    folder = parse_source(directory)
+    if isinstance(folder, Path) and not folder.is_dir():
         raise CheckpointError(f"{folder}: is no directory, expected a checkpoint")
     try:
         opened = Checkpoint(folder)
+    except NetworkError:
+        raise
     except Dsv3Error as error:
         return StructureReport(folder, data, 0, 0, (str(error),), ())
     with opened as checkpoint:

@@ -8,10 +8,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import Source, SourceLike
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
 from dsv3_tools.errors import UsageError
 from dsv3_tools.verify.comparison import Comparer
@@ -43,8 +43,8 @@ class TensorReport:
         notes: what differs and may.
     """
 
-    reference: Path
-    candidate: Path
+    reference: Source
+    candidate: Source
     num_parameters: int
     num_compared: int
     sample: str | None
@@ -62,8 +62,8 @@ class TensorReport:
 
 
 def verify_tensors(
-    reference: str | os.PathLike[str],
-    candidate: str | os.PathLike[str],
+    reference: SourceLike,
+    candidate: SourceLike,
     *,
     sample: float | None = None,
     min_snr: float | None = None,
@@ -129,8 +129,8 @@ def verify_tensors(
         found = share_out(order, make, workers or len(os.sched_getaffinity(0)), stop)
         results = [result for _, result in sorted(zip(order, found, strict=True), key=lambda item: item[0])]
         return TensorReport(
-            reference=ours.directory,
-            candidate=theirs.directory,
+            reference=ours.source,
+            candidate=theirs.source,
             num_parameters=len(pairing.pairs),
             num_compared=len(pairs),
             sample=chosen,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dsv3_tools.checkpoint import header
 from dsv3_tools.checkpoint.dtypes import DTYPES, torch_dtype
+from dsv3_tools.checkpoint.files import read_shard_header
 from dsv3_tools.checkpoint.header import (
     MAX_HEADER_BYTES,
     check_tensor_name,
@@ -24,7 +25,6 @@ from dsv3_tools.checkpoint.header import (
     load_json,
     parse_header,
 )
-from dsv3_tools.checkpoint.reader import read_shard_header
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import CheckpointError, HeaderError
 

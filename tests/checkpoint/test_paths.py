@@ -31,7 +31,7 @@ STAY = [
         "tokenizer.pt",
         "training_args.bin",
     ),
-    *("dsv3_manifest.json", "model.gguf", "pytorch_model.bin.index.html"),
+    *("dsv3_figures.json", "dsv3_manifest.json", "model.gguf", "pytorch_model.bin.index.html"),
 ]
 SHARDS = ["model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"]
 NEITHER = ["config.json", "model.safetensors.index.json", *SHARDS]

@@ -187,7 +187,7 @@ def test_truncation_after_opening(
         opened.read(last)
         if close_first:
             opened.close()
-        damage(shard.path)
+        damage(checkpoint / SHARDS[1])
         with pytest.raises(
             CheckpointError, match=r"the file ended at byte [\d,]+; it was shortened"
         ) as caught:

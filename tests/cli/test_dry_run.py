@@ -92,7 +92,7 @@ def check(plan: dict[str, Any], result: dict[str, Any], out: Path) -> None:
     assert (plan["nbytes_in"], plan["operation"]) == (result["nbytes_in"], result["operation"])
     assert (plan["devices"], plan["workers"]) == (result["devices"], result["workers"])
     small = {path.name for path in out.iterdir() if path.suffix != ".safetensors"}
-    own = {"config.json", "model.safetensors.index.json", "dsv3_manifest.json"}
+    own = {"README.md", "config.json", "model.safetensors.index.json", "dsv3_manifest.json"}
     assert small == own | set(plan["copied_files"])
     assert plan["state"] == "fresh"
 

@@ -14,8 +14,10 @@ import pytest
 from dsv3_tools.cli import app
 
 COMMANDS = {
+    "card": ("card",),
     "check": ("check",),
     "inspect": ("inspect",),
+    "push": ("push",),
     "sample": ("sample",),
     "convert fp8-to-bf16": ("convert", "fp8-to-bf16"),
     "convert bf16-to-fp8": ("convert", "bf16-to-fp8"),
@@ -33,6 +35,7 @@ COMMANDS = {
     "verify tensors": ("verify", "tensors"),
 }
 GROUPS = ("convert", "quantize", "verify")
+TOP_LEVEL = {name.partition(" ")[0] for name in COMMANDS}
 HELPS = {"": ()} | {name: (name,) for name in GROUPS} | COMMANDS
 
 
@@ -115,14 +118,16 @@ def test_every_help_has_an_example_of_that_command(name: str) -> None:
     assert all(example.startswith(f"{name} ") for example in examples(name))
 
 
+@pytest.mark.usefixtures("client")
 def test_the_examples_run(dsv3, miniature: Path, tmp_path: Path) -> None:
     """In the order in which one leaves what the next one reads."""
     writing = ("convert fp8-to-bf16", "verify integrity", "convert bf16-to-fp8", "convert to-deepseek-infer")
     integers = ("quantize int8", "quantize int4", "convert int8-to-bf16", "convert int4-to-bf16")
     verifying = ("verify structure", "verify tensors", "verify logits", "verify mtp")
     halves = ("split-mtp", "merge-mtp")
-    assert {"sample", "inspect", "check", *writing, *integers, *halves, *verifying} == COMMANDS.keys()
-    for name in ("sample", "inspect", "check", *writing, *integers, *halves, *verifying):
+    order = ("sample", "inspect", "check", *writing, "card", "push", *integers, *halves, *verifying)
+    assert set(order) == COMMANDS.keys()
+    for name in order:
         for example in examples(name):
             line = example.replace("/tmp/", f"{tmp_path}/")
             outcome = dsv3(*shlex.split(line.replace("miniature/checkpoint", str(miniature))))
@@ -154,7 +159,20 @@ def test_completion_scripts(dsv3_process, shell: str) -> None:
     [
         (
             ["dsv3", ""],
-            {"check", "convert", "inspect", "merge-mtp", "quantize", "sample", "split-mtp", "verify"},
+            {
+                *[
+                    "card",
+                    "check",
+                    "convert",
+                    "inspect",
+                    "merge-mtp",
+                    "push",
+                    "quantize",
+                    "sample",
+                    "split-mtp",
+                    "verify",
+                ]
+            },
         ),
         (["dsv3", "convert", "f"], {"fp8-to-bf16"}),
         (["dsv3", "verify", ""], {"integrity", "logits", "mtp", "structure", "tensors"}),

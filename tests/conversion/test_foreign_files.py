@@ -6,7 +6,7 @@ import pytest
 from filelock import FileLock
 
 import dsv3_tools
-from dsv3_tools.conversion import executor
+from dsv3_tools.conversion import start
 from dsv3_tools.errors import DestinationError
 
 
@@ -70,7 +70,7 @@ def test_a_run_that_begins_during_the_checks_keeps_the_second_out(fp8_checkpoint
         (out / ".dsv3").mkdir(parents=True)
         other.acquire()
 
-    monkeypatch.setattr(executor, "check_scales", begin_elsewhere)
+    monkeypatch.setattr(start, "check_scales", begin_elsewhere)
     try:
         with pytest.raises(DestinationError, match="is writing to it"):
             dsv3_tools.convert_fp8_to_bf16(fp8_checkpoint, out, device="cpu")

@@ -113,8 +113,9 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Returns every file but the manifest, which says how it was made, and what no conversion copies."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in (MANIFEST, "optimizer.bin")}
+    """Returns every file but manifest and card, which say how it was made, and what no conversion copies."""
+    others = (MANIFEST, "README.md", "optimizer.bin")
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in others}
 
 
 def loading(folder: Path) -> set[str]:
@@ -528,18 +529,18 @@ def test_nothing_is_written_if_one_of_two_is_refused(sources: dict[str, Path], t
 
 
 def test_room_is_needed_for_both(sources: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
-    from dsv3_tools.conversion import executor, preflight
+    from dsv3_tools.conversion import preflight, preview
 
     sizes = [
         getattr(split_mtp(sources["fp8"], **{half: tmp_path / f"{half}-alone"}, **HOW), half).nbytes_out
         for half in ("main", "mtp")
     ]
-    for module in (executor, preflight):
+    for module in (preview, preflight):
         monkeypatch.setattr(module, "free_nbytes", lambda _: sum(sizes) - 1)
     with pytest.raises(DestinationError, match=f"the runs of this command need {sum(sizes):,}, 1 more"):
         halves(sources["fp8"], tmp_path)
     assert not (tmp_path / "main").exists()
-    for module in (executor, preflight):
+    for module in (preview, preflight):
         monkeypatch.setattr(module, "free_nbytes", lambda _: sum(sizes))
     halves(sources["fp8"], tmp_path)
 

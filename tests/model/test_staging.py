@@ -87,7 +87,7 @@ def test_an_expert_takes_two_reads(checkpoint: Checkpoint) -> None:
 def test_a_neighbour_that_would_be_misaligned_begins_a_run(tmp_path: Path, checkpoint: Checkpoint) -> None:
     tensors = {"a": torch.ones(4), "b": torch.ones(3, dtype=torch.uint8), "c": torch.ones(5)}
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((checkpoint.directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text((checkpoint.source / "config.json").read_text())
     with Checkpoint(tmp_path) as small:
         neighbours = [Piece(small, "c", 0, small.specs["c"]), Piece(small, "b", 0, small.specs["b"])]
         assert len(lay_out(neighbours)[0]) == 1
@@ -99,7 +99,7 @@ def test_a_neighbour_that_would_be_misaligned_begins_a_run(tmp_path: Path, check
 
 def test_a_shortened_file_is_named(tmp_path: Path, checkpoint: Checkpoint) -> None:
     save_file({"a": torch.ones(64)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((checkpoint.directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text((checkpoint.source / "config.json").read_text())
     with Checkpoint(tmp_path) as small:
         piece = Piece(small, "a", 0, small.specs["a"])
         assert bytes(CpuReader().read([piece]).tensors[0].numpy().data) == stored(small, piece)

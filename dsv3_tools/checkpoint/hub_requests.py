@@ -1,0 +1,148 @@
+"""Requests to the Hub: tried again where that helps, their failures named in this program's words.
+
+huggingface_hub retries what it knows to be worth it first; this goes on after server errors, broken downloads
+and rate limits that it gives up on.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from dsv3_tools.errors import CheckpointError, DestinationError, Dsv3Error, NetworkError
+
+__all__ = ["DamagedDownload", "patiently", "translated"]
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+_LONGEST_WAIT_SECONDS = 320.0
+"""The Hub counts requests in windows of 5 minutes."""
+
+_RETRIABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_RATE_LIMIT = re.compile(r"\bt=(\d+)")  # RateLimit: "api";r=0;t=55, of an IETF draft that the Hub follows
+
+
+class DamagedDownload(Exception):
+    """What came is not what the Hub says it has: worth another try."""
+
+
+def patiently(request: Callable[[], T], what: str, *, check: Callable[[], None] = lambda: None) -> T:
+    """Returns what `request` returns, which is called again after failures that may pass.
+
+    Args:
+        request: asks the Hub for something.
+        what: for messages.
+        check: called every now and then while waiting; may raise `Interrupted`.
+
+    Raises:
+        CheckpointError: the Hub has no such model, revision or file.
+        DestinationError: the disk did not take it.
+        NetworkError: anything else, in the end.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return request()
+        except Exception as error:  # noqa: PERF203
+            if attempt == ATTEMPTS or not _may_pass(error):
+                raise translated(error, what) from error
+            _wait(_seconds_asked(error) or 2.0 ** (attempt - 1), check)
+    raise AssertionError("unreachable")
+
+
+def _wait(seconds: float, check: Callable[[], None]) -> None:
+    end = time.monotonic() + min(seconds, _LONGEST_WAIT_SECONDS)
+    while (left := end - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, 0.2))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _RETRIABLE_STATUS
+    if isinstance(error, (DamagedDownload, LocalEntryNotFoundError)):  # the latter: the Hub was not reached
+        return True
+    return _is_transport_error(error) or _is_inconsistent(error)
+
+
+def _is_transport_error(error: Exception) -> bool:
+    """Whether a connection failed, in whichever HTTP library huggingface_hub uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    return isinstance(error, (base, ConnectionError))
+
+
+def _is_inconsistent(error: Exception) -> bool:
+    """Whether huggingface_hub found fewer or more bytes than it was promised."""
+    return isinstance(error, OSError) and error.errno is None and "onsistency check" in str(error)
+
+
+def _seconds_asked(error: Exception) -> float | None:
+    """Returns how long the Hub asks to wait, if it does."""
+    headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
+    retry_after = headers.get("retry-after", "")
+    if retry_after.isdigit():
+        return float(retry_after)
+    found = _RATE_LIMIT.search(headers.get("ratelimit", ""))
+    return float(found[1]) if found else None
+
+
+def translated(error: Exception, what: str) -> Dsv3Error:
+    """Returns an error of this program for one of huggingface_hub's.
+
+    Args:
+        error: what was raised.
+        what: the file or model that was asked for.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, Dsv3Error):
+        return error
+    if isinstance(error, OfflineModeIsEnabled):
+        return NetworkError(f"{what}: HF_HUB_OFFLINE is set, and this is not in the Hugging Face cache")
+    if isinstance(error, GatedRepoError):
+        return NetworkError(
+            f"{what}: is gated: ask for access on the model's page, and log in (hf auth login, or HF_TOKEN)"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return CheckpointError(
+            f"{what}: neither a directory here nor a model on the Hub that this user may see; a private one "
+            "asks for a login (hf auth login, or HF_TOKEN)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointError(f"{what}: the model has no such revision on the Hub")
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return CheckpointError(f"{what}: there is no such file on the Hub")
+    if isinstance(error, HfHubHTTPError):
+        return NetworkError(f"{what}: the Hub answers {error.response.status_code}{_advice(error)}")
+    if isinstance(error, DamagedDownload):
+        return NetworkError(f"{what}: {error}, {ATTEMPTS} times; run the same command again later")
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return DestinationError(f"{what}: {error.strerror} ({error.filename or 'downloading'})")
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return NetworkError(f"{what}: the Hub could not be reached: {reason}; run the same command again later")
+
+
+def _advice(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status in _RETRIABLE_STATUS:
+        return f" after {ATTEMPTS} attempts; run the same command again later"
+    reason = " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
+    login = "a token that may do this is needed (hf auth login, or HF_TOKEN)" if status in (401, 403) else ""
+    return "".join(f"; {part}" for part in (reason, login) if part)

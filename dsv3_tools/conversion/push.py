@@ -1,0 +1,165 @@
+"""`dsv3 push`: a finished checkpoint goes to the Hub, its index and card in the last commit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.deepseek_infer import check_ranks, holds_ranks
+from dsv3_tools.checkpoint.index import INDEX_NAME
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.destination import PUSH_NAME, read_manifest
+from dsv3_tools.conversion.hub_target import HubTarget, PushTarget, refuse_foreign_weights
+from dsv3_tools.conversion.progress import Stop
+from dsv3_tools.errors import CheckpointError
+
+__all__ = ["PushResult", "push"]
+
+_LAST = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, "README.md")
+"""What makes shards a model."""
+
+_NEVER = (".*", PUSH_NAME, "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+"""Hidden files, and pickle files, which run code when they are loaded."""
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was uploaded, or would be.
+
+    Attributes:
+        directory: the checkpoint.
+        repo: the model on the Hub.
+        revision: the branch or pull request.
+        commit: the last commit; empty when nothing was uploaded.
+        files: names and sizes, those of the last commit at the end.
+        nbytes: of all files.
+        nbytes_there: of those that the Hub had already.
+        left_out: names that are never uploaded.
+    """
+
+    directory: Path
+    repo: str
+    revision: str
+    commit: str
+    files: tuple[tuple[str, int], ...]
+    nbytes: int
+    nbytes_there: int
+    left_out: tuple[str, ...]
+
+
+def push(
+    directory: str | os.PathLike[str],
+    repo: str | PushTarget,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    stop: Stop | None = None,
+) -> PushResult:
+    """Uploads a finished checkpoint to the Hub, or goes on where an interrupted upload stopped.
+
+    Example:
+        >>> import dsv3_tools, tempfile
+        >>> made = tempfile.mkdtemp()
+        >>> _ = dsv3_tools.convert_fp8_to_bf16("miniature/checkpoint", made, device="cpu")
+        >>> push(made, "my-name/mini-bf16", dry_run=True).files[-1][0]
+        'README.md'
+
+    Args:
+        directory: the checkpoint.
+        repo: `org/name` or `org/name@branch`; the model and the branch are made if they are not there.
+        revision: the branch, if `repo` does not name it.
+        private: make a private model.
+        create_pr: propose a pull request instead of writing to main.
+        dry_run: only say what would be uploaded.
+        stop: lets a signal handler end it between two requests.
+
+    Raises:
+        CheckpointError: not a finished checkpoint, or a file is not what its manifest says.
+        DestinationError: other weights are there.
+        NetworkError: the Hub cannot be reached, or refuses.
+    """
+    folder, check = Path(directory), (stop or Stop()).check
+    given = repo if isinstance(repo, PushTarget) else PushTarget.parse(repo)
+    place = given.repo if revision is None else replace(given.repo, revision=revision)
+    target = PushTarget(place, private or given.private, create_pr or given.create_pr)
+    hashes = _check_finished(folder)
+    sizes, left_out = _files(folder)
+    hub = HubTarget(target, f"dsv3 push {_label(hashes)}".rstrip(), check)
+    if not dry_run:
+        hub.prepare()
+    there = {} if hub.revision is None else hub.files_if_any()
+    refuse_foreign_weights(there, set(sizes), target)
+    same = [
+        name for name, file in there.items() if file.sha256 is not None and hashes.get(name) == file.sha256
+    ]
+    commit = "" if dry_run else _upload(hub, folder, sizes, hashes)
+    return PushResult(
+        directory=folder,
+        repo=target.repo.name,
+        revision=hub.revision or "a new pull request",
+        commit=commit,
+        files=tuple(sizes.items()),
+        nbytes=sum(sizes.values()),
+        nbytes_there=sum(sizes[name] for name in same if name in sizes),
+        left_out=left_out,
+    )
+
+
+def _upload(hub: HubTarget, folder: Path, sizes: dict[str, int], hashes: dict[str, str]) -> str:
+    """Uploads shards and other files first, then what makes them a model; returns the last commit."""
+    last = [name for name in _LAST if name in sizes]
+    hub.upload_folder(folder, [name for name in sizes if name not in last])
+    hub.check({name: hashes[name] for name in sizes if name in hashes and name.endswith(".safetensors")})
+    return hub.commit({name: folder / name for name in last}, "config, index and card, which make it a model")
+
+
+def _check_finished(folder: Path) -> dict[str, str]:
+    """Refuses what is no finished checkpoint; returns the SHA-256 that its manifest states, by name.
+
+    Raises:
+        CheckpointError: an interrupted conversion, no checkpoint, or a file of another size than it had.
+    """
+    if not holds_ranks(folder):
+        Checkpoint(folder).close()
+    else:
+        check_ranks(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        return {}
+    files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["nbytes"]:
+            raise CheckpointError(
+                f"{path}: is missing or has another size than the manifest says; to check every file: "
+                f"dsv3 verify integrity {folder}"
+            )
+    return {name: str(file["sha256"]) for name, file in files.items()}
+
+
+def _files(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Returns the sizes of what is uploaded, by path, and the names of what never is."""
+    sizes: dict[str, int] = {}
+    left_out = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts[:-1]) or not path.is_file():
+            continue
+        if any(fnmatch(path.name.lower(), pattern) for pattern in _NEVER):
+            left_out.append(str(name))
+        else:
+            sizes[str(name)] = path.stat().st_size
+    order = {name: number for number, name in enumerate(_LAST)}
+    return dict(sorted(sizes.items(), key=lambda item: order.get(item[0], -1))), tuple(left_out)
+
+
+def _label(hashes: dict[str, str]) -> str:
+    """Returns a few characters that tell one result from another."""
+    return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:8] if hashes else ""
