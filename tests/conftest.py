@@ -120,9 +120,17 @@ def hub() -> Iterator[FakeHub]:
 @pytest.fixture
 def waits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, hub_home: Path) -> list[float]:
     """Plain calls of huggingface_hub use `hub`, and this lists the waits they skip before another attempt."""
+    from dsv3_tools.checkpoint import hub_requests
     from tests.hub.client import redirect
 
-    return redirect(monkeypatch, hub.url, hub_home)
+    skipped = redirect(monkeypatch, hub.url, hub_home)
+
+    def note(seconds: float, check: Callable[[], None]) -> None:
+        check()
+        skipped.append(seconds)
+
+    monkeypatch.setattr(hub_requests, "_wait", note)
+    return skipped
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file, regular_fi
 from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.errors import CheckpointError, HeaderError
 
-__all__ = ["Files", "LocalFiles", "ShardFile", "header_nbytes", "read_shard_header"]
+__all__ = ["Files", "LocalFiles", "ShardFile", "header_nbytes", "read_part", "read_shard_header"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +155,7 @@ class LocalFiles:
 
     def read_range(self, shard: str, start: int, nbytes: int) -> bytes:
         """Returns some bytes of a shard."""
-        with self.path(shard).open("rb") as file:
-            file.seek(start)
-            return file.read(nbytes)
+        return read_part(self.path(shard), start, nbytes)
 
     def fetch(self, shard: str, folder: Path | None, check: Callable[[], None]) -> None:
         """Does nothing: every shard is here."""
@@ -184,6 +182,13 @@ def read_shard_header(directory: Path, name: str) -> ShardFile:
     header = parse_header(text, status.st_size, str(path))
     digest = hashlib.sha256(start + text).hexdigest()
     return ShardFile(name, header, status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
+
+
+def read_part(path: Path, start: int, nbytes: int) -> bytes:
+    """Returns some bytes of a file."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(nbytes)
 
 
 def header_nbytes(start: bytes, file_nbytes: int, where: str) -> int:

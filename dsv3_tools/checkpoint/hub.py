@@ -15,13 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
-from dsv3_tools.checkpoint.files import Files, LocalFiles, ShardFile, header_nbytes, read_shard_header
+from dsv3_tools.checkpoint.files import (
+    Files,
+    LocalFiles,
+    ShardFile,
+    header_nbytes,
+    read_part,
+    read_shard_header,
+)
 from dsv3_tools.checkpoint.header import parse_header
 from dsv3_tools.checkpoint.hub_requests import DamagedDownload, patiently
 from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.paths import may_travel, read_small_file
 from dsv3_tools.checkpoint.source import HubRepo, Source
-from dsv3_tools.errors import CheckpointError
+from dsv3_tools.errors import CheckpointError, HeaderError, NetworkError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -47,15 +54,12 @@ def open_hub(repo: HubRepo) -> Files:
 
 
 def _open_cached(repo: HubRepo) -> LocalFiles:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
 
-    revision = repo.commit or repo.revision
-    folder = Path(
-        patiently(
-            lambda: snapshot_download(repo.name, revision=revision, local_files_only=True),
-            f"{repo} (HF_HUB_OFFLINE is set)",
-        )
-    )
+    found = try_to_load_from_cache(repo.name, CONFIG_NAME, revision=repo.commit or repo.revision)
+    if not isinstance(found, str):
+        raise NetworkError(f"{repo}: HF_HUB_OFFLINE is set, and the Hugging Face cache does not have this")
+    folder = Path(found).parent
     return LocalFiles(folder, replace(repo, commit=folder.name))
 
 
@@ -82,6 +86,7 @@ class HubFiles:
         self._siblings: dict[str, RepoSibling] = {file.rfilename: file for file in info.siblings or ()}
         self._paths: dict[str, Path] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
+        self._headers: dict[str, str] = {}
         self._temporary: set[str] = set()
         self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
@@ -119,13 +124,12 @@ class HubFiles:
         cached = self._cached(shard)
         if cached is not None:
             return replace(read_shard_header(cached.parent, cached.name), mtime_ns=0, ctime_ns=0)
-        start = self.read_range(shard, 0, min(_FIRST_NBYTES, nbytes))
-        length = header_nbytes(start, nbytes, where)
-        if len(start) < 8 + length:
-            start += self.read_range(shard, len(start), 8 + length - len(start))
-        text = start[8 : 8 + length]
-        digest = hashlib.sha256(start[: 8 + length]).hexdigest()
-        return ShardFile(shard, parse_header(text, nbytes, where), nbytes, 0, 0, digest)
+        try:
+            found = self._ask_for_header(shard, nbytes, where)
+        except HeaderError:  # damaged on the way, perhaps: parts of a file have no hash
+            found = self._ask_for_header(shard, nbytes, where)
+        self._headers[shard] = found.header_sha256
+        return found
 
     def is_here(self, shard: str) -> bool:
         """Whether the whole shard is on disk: fetched, or in the Hugging Face cache."""
@@ -146,9 +150,13 @@ class HubFiles:
         return self._stamps[shard]
 
     def read_range(self, shard: str, start: int, nbytes: int) -> bytes:
-        """Returns some bytes of a shard, over the network."""
-        where = f"{self.source}/{shard}"
-        return patiently(lambda: self._ask_for_range(shard, start, nbytes), where) if nbytes else b""
+        """Returns some bytes of a shard, over the network if it is not in the Hugging Face cache."""
+        cached = self._cached(shard)
+        if cached is not None:
+            return read_part(cached, start, nbytes)
+        if not nbytes:
+            return b""
+        return patiently(lambda: self._ask_for_range(shard, start, nbytes), f"{self.source}/{shard}")
 
     def fetch(self, shard: str, folder: Path | None, check: Callable[[], None]) -> None:
         """Brings a shard here if it is not: into `folder`, or into the Hugging Face cache, to stay."""
@@ -160,6 +168,7 @@ class HubFiles:
                 path = self._download(shard, folder, check)
                 if folder is not None:
                     self._temporary.add(shard)
+            self._check_header(shard, path)
             status = path.stat()
             self._stamps[shard] = status.st_mtime_ns, status.st_size
             self._paths[shard] = path
@@ -171,6 +180,23 @@ class HubFiles:
             if path is not None and shard in self._temporary:
                 self._temporary.remove(shard)
                 path.unlink(missing_ok=True)
+
+    def _ask_for_header(self, shard: str, nbytes: int, where: str) -> ShardFile:
+        start = self.read_range(shard, 0, min(_FIRST_NBYTES, nbytes))
+        length = header_nbytes(start, nbytes, where)
+        if len(start) < 8 + length:
+            start += self.read_range(shard, len(start), 8 + length - len(start))
+        digest = hashlib.sha256(start[: 8 + length]).hexdigest()
+        return ShardFile(shard, parse_header(start[8 : 8 + length], nbytes, where), nbytes, 0, 0, digest)
+
+    def _check_header(self, shard: str, path: Path) -> None:
+        """Refuses a shard whose header is another one than came before by itself."""
+        expected = self._headers.get(shard)
+        if expected is not None and read_shard_header(path.parent, path.name).header_sha256 != expected:
+            raise NetworkError(
+                f"{self.source}/{shard}: its header was damaged when it came by itself; run the same command "
+                "again"
+            )
 
     def _sibling(self, name: str) -> RepoSibling:
         if name not in self._siblings:
@@ -205,23 +231,27 @@ class HubFiles:
             raise DamagedDownload(f"got {len(data):,} bytes, expected {nbytes:,}")
         return data
 
+    def _ask_for_file(self, name: str, folder: Path | None, check: Callable[[], None]) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        def download(revision: str | None, **where: Any) -> Path:
+            bar = _silent(check)
+            return Path(hf_hub_download(self.repo.name, name, revision=revision, tqdm_class=bar, **where))
+
+        if folder is not None:
+            return download(self.repo.commit, local_dir=folder)
+        if name == CONFIG_NAME:  # by the branch's name, so that the cache knows it when there is no network
+            path = download(self.repo.revision)
+            if path.parent.name == self.repo.commit:
+                return path
+        return download(self.repo.commit)
+
     def _download(self, name: str, folder: Path | None, check: Callable[[], None]) -> Path:
         """Returns where a file is after it came whole, and has the hash that the Hub states."""
         sibling = self._sibling(name)
 
         def request() -> Path:
-            from huggingface_hub import hf_hub_download
-
-            where: dict[str, Any] = {} if folder is None else {"local_dir": folder}
-            path = Path(
-                hf_hub_download(
-                    self.repo.name,
-                    name,
-                    revision=self.repo.commit,
-                    tqdm_class=_silent(check),
-                    **where,
-                )
-            )
+            path = self._ask_for_file(name, folder, check)
             problem = _content_problem(path, sibling, check)
             if problem is not None:
                 path.resolve().unlink(missing_ok=True)

@@ -46,9 +46,10 @@ def patiently(request: Callable[[], T], what: str, *, check: Callable[[], None] 
         try:
             return request()
         except Exception as error:  # noqa: PERF203
-            if attempt == ATTEMPTS or not _may_pass(error):
-                raise translated(error, what) from error
-            _wait(_seconds_asked(error) or 2.0 ** (attempt - 1), check)
+            origin = error if isinstance(error, Dsv3Error) else _origin(error)
+            if attempt == ATTEMPTS or not _may_pass(origin):
+                raise translated(origin, what) from error
+            _wait(_seconds_asked(origin) or 2.0 ** (attempt - 1), check)
     raise AssertionError("unreachable")
 
 
@@ -59,33 +60,44 @@ def _wait(seconds: float, check: Callable[[], None]) -> None:
         time.sleep(min(left, 0.2))
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _RETRIABLE_STATUS
     if isinstance(error, (DamagedDownload, LocalEntryNotFoundError)):  # the latter: the Hub was not reached
         return True
-    return _is_transport_error(error) or _is_inconsistent(error)
+    return isinstance(error, (_http_error(), ConnectionError)) or _is_inconsistent(error)
 
 
-def _is_transport_error(error: Exception) -> bool:
-    """Whether a connection failed, in whichever HTTP library huggingface_hub uses."""
+def _origin(error: BaseException) -> BaseException:
+    """Returns what the network did, if it is that which an error comes from, else the error.
+
+    huggingface_hub (2.4.0) makes a RuntimeError of what goes wrong in an upload, and of a connection reset
+    within a download.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, (_http_error(), ConnectionError)):
+            return found
+        found = found.__cause__ or found.__context__
+    return error
+
+
+def _http_error() -> type[BaseException]:
+    """Returns the base of all errors of the HTTP library that huggingface_hub uses, whichever it is."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    base = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-    return isinstance(error, (base, ConnectionError))
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
 
-def _is_inconsistent(error: Exception) -> bool:
+def _is_inconsistent(error: BaseException) -> bool:
     """Whether huggingface_hub found fewer or more bytes than it was promised."""
     return isinstance(error, OSError) and error.errno is None and "onsistency check" in str(error)
 
 
-def _seconds_asked(error: Exception) -> float | None:
+def _seconds_asked(error: BaseException) -> float | None:
     """Returns how long the Hub asks to wait, if it does."""
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
     retry_after = headers.get("retry-after", "")
@@ -95,7 +107,7 @@ def _seconds_asked(error: Exception) -> float | None:
     return float(found[1]) if found else None
 
 
-def translated(error: Exception, what: str) -> Dsv3Error:
+def translated(error: BaseException, what: str) -> Dsv3Error:
     """Returns an error of this program for one of huggingface_hub's.
 
     Args:
@@ -139,7 +151,7 @@ def translated(error: Exception, what: str) -> Dsv3Error:
     return NetworkError(f"{what}: the Hub could not be reached: {reason}; run the same command again later")
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status in _RETRIABLE_STATUS:
         return f" after {ATTEMPTS} attempts; run the same command again later"

@@ -26,17 +26,13 @@ __all__ = ["Checkpoint"]
 
 SINGLE_FILE_NAME = "model.safetensors"
 
-_RANGE_NBYTES = 1 << 20
-"""Most bytes that are read over the network by themselves, for want of their shard."""
-
 
 class Checkpoint:
     """Safetensors shards in a directory or in a model on the Hub, opened lazily and read-only.
 
     Opening reads `config.json`, the index and every shard's header, and refuses files that do not agree; no
     tensor is read. A Hugging Face cache snapshot opens like any directory. Of a model on the Hub nothing else
-    comes here at first: a shard is fetched whole, into the Hugging Face cache, when more than a little of it
-    is read.
+    comes here at first: a shard is fetched whole, into the Hugging Face cache, when a tensor of it is read.
 
     Args:
         source: a directory, or `org/name`, `hf://org/name@revision` on the Hub.
@@ -178,9 +174,6 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ended early or could not be read.
         """
-        if len(buffer) <= _RANGE_NBYTES and not self._files.is_here(shard):
-            buffer[:] = self._files.read_range(shard, position, len(buffer))
-            return
         descriptor, done = self.descriptor(shard), 0
         while done < len(buffer):
             try:
@@ -204,6 +197,11 @@ class Checkpoint:
         data = bytearray(self.specs[name].nbytes)
         self.read_into(name, 0, memoryview(data))
         return data
+
+    def read_alone(self, name: str) -> bytes:
+        """Returns a small tensor's bytes; a shard on the Hub is not fetched for its sake."""
+        shard, offset = self.location(name)
+        return self._files.read_range(shard, offset, self.specs[name].nbytes)
 
     def read(self, name: str, *, device: str | torch.device = "cpu") -> torch.Tensor:
         """Returns a tensor, whole, on `device`."""

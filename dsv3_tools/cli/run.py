@@ -22,7 +22,7 @@ from dsv3_tools.conversion.preview import Preview
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.serving import engine_verdicts
 from dsv3_tools.conversion.together import Part, preview_together
-from dsv3_tools.errors import DestinationError, UsageError
+from dsv3_tools.errors import DestinationError
 
 __all__ = ["execute", "execute_together"]
 
@@ -61,8 +61,6 @@ def _carry_out(
 ) -> list[dict[str, Any]]:
     """Carries out all plans, or none if one would be refused; returns what `--json` says of each."""
     ranks = Ranks.join()
-    if push is not None and len(parts) > 1:
-        raise UsageError("--push: is for one result; split with --main or --mtp alone, or dsv3 push each")
     hub = HubOptions(keep_source, push, keep_output)
     options = RunOptions(device, workers, overwrite, nonfinite, ranks=ranks, hub=hub)
     found = preview_together(parts, checkpoints, options)

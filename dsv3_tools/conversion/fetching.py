@@ -26,6 +26,9 @@ _DOWNLOADS = 4
 
 _POLL_SECONDS = 0.2
 
+_LAST_SECONDS = 2.0
+"""What a download gets that nobody waits for any more; it can be ended after every 10 MiB."""
+
 
 class SourceShard(NamedTuple):
     """A shard of one of a run's checkpoints."""
@@ -137,7 +140,7 @@ class Fetcher:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(_LAST_SECONDS)
 
     def wait(self, output: str) -> None:
         """Returns when everything is here that an output shard needs.

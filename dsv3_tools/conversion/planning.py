@@ -59,7 +59,7 @@ def _has_no_zero_points(checkpoint: Checkpoint, weight: StoredWeight, fmt: INT4A
     """
     known = replace(fmt, symmetric=True).fixed(weight.shape)
     return all(
-        weight.parts[part] in checkpoint.specs and checkpoint.read_bytes(weight.parts[part]) == content
+        weight.parts[part] in checkpoint.specs and checkpoint.read_alone(weight.parts[part]) == content
         for part, content in known.items()
     )
 

@@ -76,7 +76,7 @@ def _record(
     there = HubRepo(repo.name, uploader.hub.revision or repo.revision, commit)
     document = {**there.record(), "files": dict(hashes)}
     text = json.dumps(document, indent=2).encode() + b"\n"
-    write_file(workspace.destination / PUSH_NAME, text, folder=workspace.folder)
+    write_file(workspace.destination / PUSH_NAME, text, folder=workspace.destination)
     if not keep and plan.index_name is not None:
         with destination_errors(workspace.destination, "removing the index"):
             (workspace.destination / plan.index_name).unlink(missing_ok=True)

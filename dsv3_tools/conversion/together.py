@@ -43,7 +43,7 @@ def preview_together(
 ) -> list[Preview]:
     """Returns what each run would do with its destination, given the others; see `preview`."""
     previews = [preview(part.plan, checkpoints, part.destination, options) for part in parts]
-    problem = _overlap(parts) or _no_room(parts, previews)
+    problem = _overlap(parts) or _one_place(parts, options) or _no_room(parts, previews)
     return [found if found.problem is not None else replace(found, problem=problem) for found in previews]
 
 
@@ -58,6 +58,13 @@ def _overlap(parts: Sequence[Part]) -> Dsv3Error | None:
                     "other; choose two beside each other"
                 )
     return None
+
+
+def _one_place(parts: Sequence[Part], options: RunOptions) -> Dsv3Error | None:
+    """Returns what to say of several results that would be uploaded to one model."""
+    if options.hub.push is None or len(parts) == 1:
+        return None
+    return UsageError("--push: is for one result; split with --main or --mtp alone, or dsv3 push each")
 
 
 def _no_room(parts: Sequence[Part], previews: Sequence[Preview]) -> Dsv3Error | None:

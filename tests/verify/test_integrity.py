@@ -53,7 +53,7 @@ def test_the_number_of_workers_changes_nothing(bf16_checkpoint: Path, workers: i
 
 
 def test_every_flipped_bit_is_found(bf16_checkpoint: Path, copied: Callable[[Path], Path]) -> None:
-    """Anywhere in any file, the manifest included: headers, weights, tokenizer, hashes; but the user's card."""
+    """Anywhere in any file, the manifest included, but the card, which is the user's."""
     checkpoint = copied(bf16_checkpoint)
     (checkpoint / "README.md").unlink()
     chance = random.Random(20250101)
