@@ -92,14 +92,14 @@ def test_moonlight_has_no_q_a_to_be_fused() -> None:
 
 
 def test_tensor_parallel_sizes_of_the_release() -> None:
-    made = layout("fp8", REAL)
+    view = layout("fp8", REAL).view
     largest = {
-        engine: max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if verdict(made.view, engine, n).loads)
+        engine: max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if verdict(view, engine, n).loads)
         for engine in ("vllm", "sglang", "tensorrt-llm", "deepseek-infer")
     }
     assert largest == {"vllm": 16, "sglang": 16, "tensorrt-llm": 16, "deepseek-infer": 16}
-    assert not verdict(made.view, "vllm", 3).loads
-    assert not verdict(made.view, "sglang", 32).loads
+    assert not verdict(view, "vllm", 3).loads
+    assert not verdict(view, "sglang", 32).loads
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("int4-g128", 16), ("int4-g32", 64)])
