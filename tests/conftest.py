@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, count in marked:
         if found < count:
             item.add_marker(pytest.mark.skip(reason=f"needs {count} CUDA devices, this machine has {found}"))
+
+
+def pytest_collection_finish() -> None:
+    """Takes the modules and tests, which stay, out of the collector's sight: looking at them takes 0.5 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,12 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv3_tools
+from dsv3_tools.checkpoint import durable
 from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
 from dsv3_tools.conversion.executor import RunResult
@@ -55,6 +57,10 @@ WRITE_SIDE = ("open", "pwrite", "write", "fsync", "rename", "unlink", "ftruncate
 READ_SIDE = ("preadv", "posix_fadvise", "scandir")
 
 Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Killed(BaseException):
+    """What a run gets in the place of a call after its end."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,16 @@ class Tools:
         return {name: Tools.identity(destination / name) for name in Workspace(destination).read_journal()}
 
     @staticmethod
+    def state(folder: Path) -> dict[Path, tuple[int, ...]]:
+        """Returns what tells whether anything below `folder` has changed: inodes, sizes and times."""
+        found = {}
+        for path in (folder, *folder.rglob("*")):
+            with suppress(FileNotFoundError):  # the folder itself
+                status = path.lstat()
+                found[path] = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return found
+
+    @staticmethod
     def identity(path: Path) -> tuple[int, int]:
         """Returns a file's inode and time, which change when it is written again; zeros without a file."""
         status = path.stat() if path.exists() else None
@@ -259,28 +275,60 @@ class Tools:
         *,
         torn: bool = False,
         names: tuple[str, ...] = WRITE_SIDE,
+        really: bool = False,
         **options: Any,
     ) -> bool:
-        """Runs a conversion in a child that gets SIGKILL before the call that `when` picks.
+        """Ends a conversion before the call that `when` picks, as a kill does; returns whether there was one.
 
-        With `torn` half of the data of that call is written first. Returns whether it was killed.
+        With `torn` half of the data of that call is written first. Of a killed process the disk keeps what
+        was there at that moment. So from then on no thread's call changes the disk any more, and the run
+        comes to an end in this process: a fork takes longer than a conversion. `really` sends SIGKILL to a
+        fork; `test_kill.py` holds one against the other.
         """
-        calls = iter(range(1, 1_000_000))
+        calls, turn, dead = iter(range(1, 1_000_000)), threading.Lock(), []
+        libc_function = durable._libc_function
 
         def hook(name: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if when(next(calls), name, args):
-                if torn and name in ("pwrite", "write"):
-                    real(args[0], args[1][: len(args[1]) // 2], *args[2:])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return Tools.unsynced(name, real, args, kwargs)
+            with turn:  # no call of another thread is on its way when this one is the last
+                if not dead and name in names and when(next(calls), name, args):
+                    if torn and name in ("pwrite", "write"):
+                        real(args[0], args[1][: len(args[1]) // 2], *args[2:])
+                    if really:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    dead.append(Tools.state(destination))
+                if not dead:
+                    return Tools.unsynced(name, real, args, kwargs)
+            if name in ("open", "pwrite", "write"):
+                raise Killed
+            return None  # cleaning up, which does nothing
+
+        def stand_in_of_libc(*described: Any) -> Any:
+            real = libc_function(*described)
+
+            def call(*args: Any) -> Any:
+                with turn:
+                    if dead:
+                        raise Killed
+                    return real(*args)
+
+            return real and call
 
         def act() -> None:
-            with Tools.interposed(hook, names):
+            with pytest.MonkeyPatch.context() as patch, Tools.interposed(hook):
+                patch.setattr(durable, "_libc_function", stand_in_of_libc)
                 case.convert(destination, **options)
 
-        code = Tools.in_child(act)
-        assert code in (0, -signal.SIGKILL), "the run failed by itself"
-        return code != 0
+        if really:
+            code = Tools.in_child(act)
+            assert code in (0, -signal.SIGKILL), "the run failed by itself"
+            return code != 0
+        try:
+            act()
+        except BaseException:
+            if not dead:
+                raise
+        assert not dead or dead == [Tools.state(destination)], "the run went on after its end"
+        return bool(dead)
 
     @staticmethod
     def killed_before_last_shard(case: Case, destination: Path, **options: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -43,6 +44,32 @@ def test_killed_at_every_call_that_writes(case, tools, tmp_path, torn):
         start_again(out)
         assert tools.killed_at(case, out, lambda n, *_, at=number: n == at, torn=torn, names=names)
         assert not resume(tools, case, out), f"kill at call {number} of {total}"
+
+
+def comparable(folder: Path) -> dict[str, bytes]:
+    """Returns what a kill leaves, but for times, process numbers and the random part of names."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = re.sub(r"\.[^.]+\.tmp$", ".tmp", str(path.relative_to(folder)))
+        data = b"" if path.is_dir() or path.name == "lock" else path.read_bytes()
+        found[name] = re.sub(rb'"(pid|start|mtime_ns|ctime_ns)": ("[^"]*"|\d+)', rb"\1", data)
+    return found
+
+
+def test_the_kills_above_leave_what_sigkill_leaves(case, tools, tmp_path):
+    """They end a run within this process; here a fork gets the signal at the same call."""
+    names = tuple(name for name in tools.write_side if name != "open")  # readers open when they like
+    total = tools.count_calls(case, tmp_path / "out", names)
+    for number in range(2, total, total // 7):
+        left = []
+        for really in (False, True):
+            out = tmp_path / f"{number} {really}"
+            torn = number % 2 == 0
+            assert tools.killed_at(
+                case, out, lambda n, *_, at=number: n == at, torn=torn, names=names, really=really
+            )
+            left.append(comparable(out))
+        assert not tools.is_same(*left), f"kill at call {number} of {total}"
 
 
 def test_killed_at_random_moments(case, tools, tmp_path, chance):
