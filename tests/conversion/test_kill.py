@@ -78,8 +78,8 @@ def test_killed_at_random_moments(case, tools, tmp_path, chance):
     tools.in_child(lambda: tools.convert_quickly(case, out, workers=2))
     duration = time.monotonic() - began
     killed = 0
-    for _ in range(300):
-        if killed == 70:
+    for _ in range(150):
+        if killed == 25:
             return
         start_again(out)
         moment = chance.uniform(0, duration)
@@ -89,7 +89,7 @@ def test_killed_at_random_moments(case, tools, tmp_path, chance):
         # Follows the machine's load, so that most moments lie within the run.
         duration *= 1.01 if code else 0.9
         assert not resume(tools, case, out, workers=2), f"kill after {moment:.4f} s"
-    raise AssertionError(f"only {killed} of 300 runs lived long enough to be killed")
+    raise AssertionError(f"only {killed} of 150 runs lived long enough to be killed")
 
 
 def test_killed_again_while_resuming(case, tools, tmp_path, chance):
