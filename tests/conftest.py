@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,17 @@ SIDE_FILES = {
     "modeling_deepseek.py": "raise SystemExit('nothing imports this file')\n",
     "tokenizer.json": "{}\n",
 }
+
+
+def pytest_configure() -> None:
+    """Shares the processors among pytest-xdist's workers: threads that outnumber them wait for each other.
+
+    Before anything imports torch or NumPy; the processes that tests start inherit it.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
