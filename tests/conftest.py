@@ -107,6 +107,16 @@ def bf16_checkpoint(fp8_checkpoint: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSeek-V3's headers over holes instead of data; must not be written to."""
+    import dsv3_tools
+
+    path = tmp_path_factory.mktemp("shared") / "v3"
+    dsv3_tools.sample(path, sparse=True)
+    return path
+
+
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
     """A function that copies a checkpoint to where the test may damage it."""

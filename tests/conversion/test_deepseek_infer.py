@@ -292,13 +292,6 @@ def test_what_travels(sources):
 # The configuration.
 
 
-@pytest.fixture(scope="module")
-def v3(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("v3") / "v3"
-    dsv3_tools.sample(folder, sparse=True)
-    return folder
-
-
 def test_deepseek_v3_for_sixteen_ranks(v3):
     began = time.process_time()
     with Checkpoint(v3) as checkpoint:

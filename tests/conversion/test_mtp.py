@@ -254,16 +254,15 @@ def test_main_loads_in_transformers_without_an_unexpected_key(miniature: Path, t
         assert bool(found["unexpected_keys"]) is unexpected
 
 
-def test_deepseek_v3(tmp_path: Path) -> None:
+def test_deepseek_v3(v3: Path, tmp_path: Path) -> None:
     """The figures are those of the release: sums over its published shapes."""
-    dsv3_tools.sample(tmp_path / "v3", sparse=True)
     began = time.process_time()
-    opened = open_split_mtp(tmp_path / "v3", main=tmp_path / "main", mtp=tmp_path / "mtp")
+    opened = open_split_mtp(v3, main=tmp_path / "main", mtp=tmp_path / "mtp")
     with opened as (parts, _):
         found = {half: (p.plan.num_tensors_out, p.plan.payload_nbytes) for half, p in parts.items()}
     assert found == {"main": (90_427, 673_150_611_808), "mtp": (1_564, 15_424_227_552)}
     assert time.process_time() - began < 20
-    with open_split_mtp(tmp_path / "v3", mtp=tmp_path / "mtp", layout="sglang-nextn") as (parts, _):
+    with open_split_mtp(v3, mtp=tmp_path / "mtp", layout="sglang-nextn") as (parts, _):
         assert parts["mtp"].plan.num_tensors_out == 1_562
 
 

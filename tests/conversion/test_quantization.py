@@ -248,10 +248,9 @@ def test_activations_change_the_config_alone(miniature: Path) -> None:
         (open_quantize_int8, {}, None),
     ],
 )
-def test_deepseek_v3(tmp_path: Path, open_it: Any, options: dict[str, Any], nbytes: int | None) -> None:
+def test_deepseek_v3(v3: Path, open_it: Any, options: dict[str, Any], nbytes: int | None) -> None:
     """Sizes from the shapes alone; every engine that should, would load it on eight GPUs."""
-    dsv3_tools.sample(tmp_path / "v3", sparse=True)
-    plan, _ = plan_of(open_it, tmp_path / "v3", **options)
+    plan, _ = plan_of(open_it, v3, **options)
     if nbytes is not None:
         assert plan.payload_nbytes == nbytes
     else:
