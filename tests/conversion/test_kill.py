@@ -72,6 +72,14 @@ def test_the_kills_above_leave_what_sigkill_leaves(case, tools, tmp_path):
         assert not tools.is_same(*left), f"kill at call {number} of {total}"
 
 
+def test_control_a_run_that_goes_on_after_its_end(fp8_case, tools, tmp_path, monkeypatch):
+    """What reaches the disk by another way than the calls that are stood in for would be seen."""
+    unlink = os.unlink
+    monkeypatch.setattr(writer, "remove_quietly", unlink)  # as a cleanup that no hook knows
+    with pytest.raises(AssertionError, match="the run went on after its end"):
+        tools.killed_at(fp8_case, tmp_path / "out", lambda _, name, *__: name == "pwrite")
+
+
 def test_killed_at_random_moments(case, tools, tmp_path, chance):
     out = tmp_path / "out"
     began = time.monotonic()
