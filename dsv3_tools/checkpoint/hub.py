@@ -131,6 +131,10 @@ class HubFiles:
         self._headers[shard] = found.header_sha256
         return found
 
+    def stated_sha256(self) -> dict[str, str]:
+        """Returns the SHA-256 of the large files, by name."""
+        return {name: file.lfs.sha256 for name, file in self._siblings.items() if file.lfs is not None}
+
     def is_here(self, shard: str) -> bool:
         """Whether the whole shard is on disk: fetched, or in the Hugging Face cache."""
         return shard in self._paths or self._cached(shard) is not None

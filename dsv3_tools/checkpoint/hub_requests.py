@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from dsv3_tools.errors import CheckpointError, DestinationError, Dsv3Error, NetworkError
+from dsv3_tools.errors import CheckpointError, DestinationError, Dsv3Error, NetworkError, UsageError
 
 __all__ = ["DamagedDownload", "patiently", "translated"]
 
@@ -47,6 +47,8 @@ def patiently(request: Callable[[], T], what: str, *, check: Callable[[], None] 
             return request()
         except Exception as error:  # noqa: PERF203
             origin = error if isinstance(error, Dsv3Error) else _origin(error)
+            if isinstance(origin, Dsv3Error):
+                raise
             if attempt == ATTEMPTS or not _may_pass(origin):
                 raise translated(origin, what) from error
             _wait(_seconds_asked(origin) or 2.0 ** (attempt - 1), check)
@@ -62,24 +64,26 @@ def _wait(seconds: float, check: Callable[[], None]) -> None:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _RETRIABLE_STATUS
-    if isinstance(error, (DamagedDownload, LocalEntryNotFoundError)):  # the latter: the Hub was not reached
-        return True
-    return isinstance(error, (_http_error(), ConnectionError)) or _is_inconsistent(error)
+    passing = (DamagedDownload, _http_error(), ConnectionError, TimeoutError)
+    return isinstance(error, passing) or _is_inconsistent(error) or type(error).__module__ == "hf_xet"
 
 
 def _origin(error: BaseException) -> BaseException:
     """Returns what the network did, if it is that which an error comes from, else the error.
 
     huggingface_hub (2.4.0) makes a RuntimeError of what goes wrong in an upload, and of a connection reset
-    within a download.
+    within a download, and says that a file is not in the cache when it could not be asked for.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, (_http_error(), ConnectionError)):
+        is_symptom = isinstance(found, LocalEntryNotFoundError)
+        if not is_symptom and isinstance(found, (_http_error(), ConnectionError, TimeoutError)):
             return found
         found = found.__cause__ or found.__context__
     return error
@@ -99,11 +103,13 @@ def _is_inconsistent(error: BaseException) -> bool:
 
 def _seconds_asked(error: BaseException) -> float | None:
     """Returns how long the Hub asks to wait, if it does."""
-    headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
+    response = getattr(error, "response", None)
+    headers: Mapping[str, str] = getattr(response, "headers", {})
     retry_after = headers.get("retry-after", "")
     if retry_after.isdigit():
         return float(retry_after)
-    found = _RATE_LIMIT.search(headers.get("ratelimit", ""))
+    limited = getattr(response, "status_code", None) == 429
+    found = _RATE_LIMIT.search(headers.get("ratelimit", "")) if limited else None
     return float(found[1]) if found else None
 
 
@@ -118,14 +124,15 @@ def translated(error: BaseException, what: str) -> Dsv3Error:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    if isinstance(error, Dsv3Error):
-        return error
+    if isinstance(error, HFValidationError):
+        return UsageError(f"{what}: is no name that a model on the Hub can have")
     if isinstance(error, OfflineModeIsEnabled):
         return NetworkError(f"{what}: HF_HUB_OFFLINE is set, and this is not in the Hugging Face cache")
     if isinstance(error, GatedRepoError):
@@ -134,27 +141,35 @@ def translated(error: BaseException, what: str) -> Dsv3Error:
         )
     if isinstance(error, RepositoryNotFoundError):
         return CheckpointError(
-            f"{what}: neither a directory here nor a model on the Hub that this user may see; a private one "
-            "asks for a login (hf auth login, or HF_TOKEN)"
+            f"{what}: the Hub has no such model, or shows it to others only; for a private one log in (hf "
+            "auth login, or HF_TOKEN)"
         )
     if isinstance(error, RevisionNotFoundError):
-        return CheckpointError(f"{what}: the model has no such revision on the Hub")
+        return CheckpointError(f"{what}: the model has no such revision on the Hub, or has it no more")
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return CheckpointError(f"{what}: there is no such file on the Hub")
     if isinstance(error, HfHubHTTPError):
         return NetworkError(f"{what}: the Hub answers {error.response.status_code}{_advice(error)}")
     if isinstance(error, DamagedDownload):
         return NetworkError(f"{what}: {error}, {ATTEMPTS} times; run the same command again later")
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+    of_disk = isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError))
+    if of_disk and isinstance(error, OSError) and error.errno is not None:
         return DestinationError(f"{what}: {error.strerror} ({error.filename or 'downloading'})")
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = _without_queries(" ".join(str(error).split()))[:300] or type(error).__name__
+    if isinstance(error, ValueError):  # of the Hub, about what was sent
+        return NetworkError(f"{what}: the Hub refuses it: {reason}")
     return NetworkError(f"{what}: the Hub could not be reached: {reason}; run the same command again later")
+
+
+def _without_queries(text: str) -> str:
+    """Returns `text` without the queries of URLs, which may hold signatures."""
+    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1?...", text)
 
 
 def _advice(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status in _RETRIABLE_STATUS:
         return f" after {ATTEMPTS} attempts; run the same command again later"
-    reason = " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
+    reason = _without_queries(" ".join(str(getattr(error, "server_message", None) or "").split()))[:300]
     login = "a token that may do this is needed (hf auth login, or HF_TOKEN)" if status in (401, 403) else ""
     return "".join(f"; {part}" for part in (reason, login) if part)

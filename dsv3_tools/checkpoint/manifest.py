@@ -14,6 +14,7 @@ __all__ = [
     "FIGURES_NAME",
     "MANIFEST_NAME",
     "MAX_MANIFEST_BYTES",
+    "PUSH_NAME",
     "encode_manifest",
     "manifest_sha256",
     "parse_manifest",
@@ -23,6 +24,7 @@ MANIFEST_NAME = "dsv3_manifest.json"
 MAX_MANIFEST_BYTES = 50_000_000
 
 FIGURES_NAME = "dsv3_figures.json"
+PUSH_NAME = "dsv3_push.json"
 """Figures of `dsv3 verify`, for the model card; of this result alone, and in no manifest."""
 
 _OWN_HASH = "manifest_sha256"

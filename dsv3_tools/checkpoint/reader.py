@@ -15,6 +15,7 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, ModelCon
 from dsv3_tools.checkpoint.dtypes import torch_dtype
 from dsv3_tools.checkpoint.files import Files, LocalFiles, ShardFile
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
+from dsv3_tools.checkpoint.manifest import PUSH_NAME
 from dsv3_tools.checkpoint.source import Source, SourceLike, parse_source
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import CheckpointError, join_problems
@@ -115,6 +116,10 @@ class Checkpoint:
     def side_files(self) -> tuple[list[str], list[str]]:
         """Returns which files travel with a conversion, and which stay behind; see `paths.side_files`."""
         return self._files.side_files(self.shards)
+
+    def stated_sha256(self) -> dict[str, str]:
+        """Returns the SHA-256 of large files that the Hub states, by name; empty for a directory."""
+        return self._files.stated_sha256()
 
     def is_kept(self, shard: str) -> bool:
         """Whether a shard is on a disk of this machine and will stay there."""
@@ -232,12 +237,19 @@ class Checkpoint:
     def _read_headers(self) -> dict[str, ShardFile]:
         names = sorted(set(self.weight_map.values())) or [SINGLE_FILE_NAME]
         if not self.has_index and not self.has_file(SINGLE_FILE_NAME):
+            if self.has_file(PUSH_NAME):
+                raise CheckpointError(
+                    f"{self.source}: its shards went to the Hub and were removed; {PUSH_NAME} says where to"
+                )
             raise CheckpointError(
                 f"{self.source}: neither {INDEX_NAME} nor {SINGLE_FILE_NAME} is there; "
                 "an interrupted download or conversion has no index"
             )
-        with ThreadPoolExecutor(8) as pool:
+        pool = ThreadPoolExecutor(8)
+        try:
             outcomes = list(pool.map(partial(_try_header, self._files), names))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for a slow network
         problems = [str(outcome) for outcome in outcomes if isinstance(outcome, CheckpointError)]
         if problems:
             raise CheckpointError(join_problems(problems))

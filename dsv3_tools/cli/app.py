@@ -62,6 +62,9 @@ def dsv3() -> None:
       dsv3 convert fp8-to-bf16 SRC DST --dry-run
       dsv3 convert fp8-to-bf16 SRC DST
 
+    SRC is a directory or a model on the Hugging Face Hub: org/name, org/name@revision, hf://org/name. Of that
+    only headers come here until a run needs more, then a few shards at a time.
+
     A run that was interrupted goes on when the same command is run again.
 
     \b

@@ -64,7 +64,7 @@ def split_mtp(
       dsv3 split-mtp miniature/checkpoint --mtp /tmp/mini-NextN --layout sglang-nextn
     """
     opened = open_split_mtp(
-        pinned(source, main or mtp),
+        pinned(source, main, mtp),
         main=main,
         mtp=mtp,
         layout=layout,

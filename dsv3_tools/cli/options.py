@@ -52,9 +52,16 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only since cl
 SIZE = _Size()
 
 
+class _Directory(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).startswith("hf:"):
+            self.fail(f"{value!r} is on the Hub, expected a directory here; --push and dsv3 push upload")
+        return super().convert(value, param, ctx)
+
+
 def directory_argument(name: str) -> Callable[[F], F]:
     """A directory; whether it is right is for the command to say."""
-    return click.argument(name, type=click.Path(path_type=Path))
+    return click.argument(name, type=_Directory(path_type=Path))
 
 
 class _Source(click.ParamType):  # type: ignore[type-arg]

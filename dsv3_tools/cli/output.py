@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.source import HubRepo
+
 __all__ = ["as_json", "print_error", "print_json", "print_line", "print_note", "print_table", "size"]
 
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
@@ -61,6 +63,8 @@ def print_error(message: str, code: int, *, as_json: bool, kind: str = "Interrup
 
 def as_json(value: Any) -> Any:
     """Returns a result as JSON values: dataclasses as objects, paths as strings, NaN and infinity as null."""
+    if isinstance(value, (Path, HubRepo)):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -69,7 +73,7 @@ def as_json(value: Any) -> Any:
         return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value) if isinstance(value, Path) else value
+    return value
 
 
 def _plain(text: str) -> str:

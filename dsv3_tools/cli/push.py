@@ -23,6 +23,7 @@ __all__ = ["push"]
 @click.option("--revision", metavar="BRANCH", help="The branch, made if need be.  [default: main]")
 @click.option("--private", is_flag=True, help="If the model is made, make it private.")
 @click.option("--create-pr", is_flag=True, help="Propose a pull request instead of writing to main.")
+@click.option("--overwrite", is_flag=True, help="Replace another model that is there.")
 @click.option("--dry-run", is_flag=True, help="Say what would be uploaded; send nothing.")
 @json_option
 @debug_option
@@ -33,6 +34,7 @@ def push(
     revision: str | None,
     private: bool,
     create_pr: bool,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -53,6 +55,7 @@ def push(
             revision=revision,
             private=private,
             create_pr=create_pr,
+            overwrite=overwrite,
             dry_run=dry_run,
             stop=stop,
         )

@@ -70,9 +70,9 @@ def _carry_out(
     source = checkpoints["source"]
     if ranks.is_first and not as_json:
         for part, one in zip(parts, found, strict=True):
-            _print_plan(part.plan, source, part.destination)
+            _print_plan(part.plan, " + ".join(str(c.source) for c in checkpoints.values()), part.destination)
             if dry_run:
-                _print_preview(part.plan, one)
+                _print_preview(part.plan, one, options.hub)
     if dry_run:
         if problem is not None:
             raise problem
@@ -127,8 +127,8 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
     }
 
 
-def _print_plan(plan: Plan, source: Checkpoint, destination: Path) -> None:
-    print_line(f"{plan.operation}: {source.source} -> {destination}")
+def _print_plan(plan: Plan, sources: str, destination: Path) -> None:
+    print_line(f"{plan.operation}: {sources} -> {destination}")
     print_table(
         [
             (
@@ -172,7 +172,7 @@ def _print_engines(plan: Plan) -> None:
             print_line(f"    {name}: {problem.message}")
 
 
-def _print_preview(plan: Plan, found: Preview) -> None:
+def _print_preview(plan: Plan, found: Preview, hub: HubOptions) -> None:
     print_line(
         f"  to write: {found.shards_to_write} of {len(plan.shards)} shards, {size(found.nbytes_to_write)}; "
         f"free: {size(found.nbytes_free)}; state of the destination: {found.state.value}"
@@ -184,14 +184,18 @@ def _print_preview(plan: Plan, found: Preview) -> None:
     if found.nbytes_to_fetch:
         beside = f", at most {size(found.nbytes_staged)} of it on disk at once" if found.nbytes_staged else ""
         print_line(f"  to fetch from the Hub: {size(found.nbytes_to_fetch)}{beside}")
+    if hub.push is not None:
+        kept = "and kept here" if hub.keep_output else "and removed here, shard by shard"
+        print_line(f"  to be uploaded to {hub.push.repo}, {kept}")
     print_line("  nothing was written (--dry-run)")
 
 
 def _print_result(result: RunResult) -> None:
     if result.already_complete:
+        to_check = f" To check its bytes: dsv3 verify integrity {result.destination}"
         print_line(
             f"already complete: {result.destination} holds this result by its manifest and sizes; nothing "
-            f"was written. To check its bytes: dsv3 verify integrity {result.destination}"
+            f"was written.{to_check if result.shards_are_here else ''}"
         )
         _print_nonfinite(result)
         _print_pushed(result)
@@ -210,9 +214,9 @@ def _print_result(result: RunResult) -> None:
     _print_pushed(result)
     if problem := card_problem(result.destination):
         print_note(f"dsv3: left alone, so that the result has no model card: {problem}")
-    print_line(
-        f"every file's SHA-256 is in {result.manifest}; to check: dsv3 verify integrity {result.destination}"
-    )
+    if result.shards_are_here:
+        check = f"; to check: dsv3 verify integrity {result.destination}"
+        print_line(f"every file's SHA-256 is in {result.manifest}{check}")
 
 
 def _print_pushed(result: RunResult) -> None:

@@ -9,7 +9,7 @@ import rich_click as click
 
 from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.cli.findings import finish, print_findings, verdict
-from dsv3_tools.cli.options import debug_option, directory_argument, json_option, source_argument
+from dsv3_tools.cli.options import debug_option, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_table, size
 from dsv3_tools.cli.progress import shown_progress
@@ -23,7 +23,7 @@ __all__ = ["integrity", "structure", "tensors"]
 
 
 @click.command("integrity")
-@directory_argument("directory")
+@source_argument("directory")
 @click.option("--workers", type=click.IntRange(min=1), help="Files hashed at once.  [default: the cores]")
 @json_option
 @debug_option
@@ -57,7 +57,7 @@ def integrity(ctx: click.Context, directory: Path, *, workers: int | None, as_js
 
 
 @click.command("structure")
-@directory_argument("directory")
+@source_argument("directory")
 @click.option(
     "--data/--no-data",
     default=True,

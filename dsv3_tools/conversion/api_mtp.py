@@ -93,7 +93,7 @@ def split_mtp(
     hub = HubOptions(keep_source, as_target(push), keep_output)
     options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     opened = open_split_mtp(
-        pinned(source, main or mtp),
+        pinned(source, main, mtp),
         main=main,
         mtp=mtp,
         layout=layout,

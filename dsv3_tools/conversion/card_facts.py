@@ -12,12 +12,13 @@ from typing import Any
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.names import TensorName, parse_name
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import is_model_name
 from dsv3_tools.conversion.card_yaml import CARD_NAME, MAX_CARD_BYTES, read_metadata
 from dsv3_tools.conversion.plan import SOURCE, Plan, Step, what_becomes
 from dsv3_tools.errors import CheckpointError
 from dsv3_tools.formats.fp8_block import LIKE_PART
 
-__all__ = ["card_facts"]
+__all__ = ["card_facts", "source_card"]
 
 _TAKEN = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "base_model")
 """What a result has from its source's card: nothing of it is made up here."""
@@ -54,8 +55,8 @@ def card_facts(plan: Plan, source: Checkpoint) -> dict[str, Any]:
     facts: dict[str, Any] = {"changes": _changes(plan, source)}
     if plan.config_name == CONFIG_NAME:
         facts["config_changes"] = _config_changes(source.config_json, json.loads(plan.config))
-    if card := _source_card(source):
-        facts["source_card"] = card
+    if plan.source_card:
+        facts["source_card"] = dict(plan.source_card)
     return facts
 
 
@@ -108,7 +109,7 @@ def _config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict
     }
 
 
-def _source_card(source: Checkpoint) -> dict[str, Any]:
+def source_card(source: Checkpoint) -> dict[str, Any]:
     """Returns what the source's card says, and which model on the Hub a cache folder belongs to."""
     try:
         text = source.read_file(CARD_NAME, MAX_CARD_BYTES) if source.has_file(CARD_NAME) else b""
@@ -116,6 +117,9 @@ def _source_card(source: Checkpoint) -> dict[str, Any]:
         text = b""
     found = read_metadata(text)
     taken = {key: found[key] for key in _TAKEN if _is_plain(found.get(key))}
+    base = taken.pop("base_model", [])
+    if models := [name for name in ([base] if isinstance(base, str) else base) if is_model_name(name)]:
+        taken["base_model"] = models
     repository = _cached_repository(source)
     return taken | ({"base_model": repository} if repository else {})
 

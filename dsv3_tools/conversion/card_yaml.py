@@ -15,7 +15,7 @@ from typing import Any
 
 from dsv3_tools.errors import CheckpointError
 
-__all__ = ["CARD_NAME", "MAX_CARD_BYTES", "Card", "parse_card", "read_metadata"]
+__all__ = ["CARD_NAME", "MAX_CARD_BYTES", "Card", "parse_card", "read_metadata", "with_text_of"]
 
 CARD_NAME = "README.md"
 MAX_CARD_BYTES = 10_000_000
@@ -35,6 +35,7 @@ class Card:
         lines: the front matter's text by key, in its order; a comment belongs to the key that follows.
         values: the same, parsed.
         generated: the front matter that was generated last.
+        body: the text that was generated last.
         before: the user's text in front of the generated part.
         after: the user's text behind it.
         tail: comments at the end of the front matter.
@@ -43,6 +44,7 @@ class Card:
     lines: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     generated: Mapping[str, Any] = field(default_factory=dict)
+    body: str = ""
     before: str = ""
     after: str = ""
     tail: str = ""
@@ -87,6 +89,19 @@ class Card:
         return (comments[0] if comments is not None else "") + dumped
 
 
+def with_text_of(user: bytes, made: bytes) -> bytes:
+    """Returns the card `made`, with what a user has written around an earlier one, the card `user`.
+
+    With a user's text in both, `made` stays as it is; so does `user` if it cannot be read as a card.
+    """
+    try:
+        theirs, ours = parse_card(user, CARD_NAME), parse_card(made, CARD_NAME)
+    except CheckpointError:
+        return user
+    has_text = ours.before.strip() or ours.after.strip() or dict(ours.values) != dict(ours.generated)
+    return made if has_text or not ours.body else theirs.renewed(ours.generated, ours.body).encode()
+
+
 def _merged_tags(generated: list[str], found: list[Any], earlier: list[str]) -> list[Any]:
     """Returns the generated tags but those that the user removed, then the user's own."""
     kept = [tag for tag in generated if tag in found or tag not in earlier]
@@ -108,14 +123,15 @@ def parse_card(text: bytes, where: str) -> Card:
     ends = list(re.finditer(rf"^{_END}[ \t]*(?:\r?\n|\Z)", rest, re.MULTILINE))
     if not begins and not ends:
         before = rest if not rest.strip() else rest.rstrip("\n") + "\n\n"
-        return Card(lines, values, {}, before if rest.strip() else "", "", tail)
+        return Card(lines, values, {}, "", before if rest.strip() else "", "", tail)
     if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0].start():
         raise CheckpointError(
             f"{where}: has {len(begins)} lines {_BEGIN!r} and {len(ends)} lines {_END!r}, expected one of "
             "each, in this order; put them back around the generated part, or remove it with both"
         )
     made = rest[begins[0] : ends[0].start()]
-    return Card(lines, values, _memory(made), rest[: begins[0]], rest[ends[0].end() :], tail)
+    body = "\n".join(made.splitlines()[2:])
+    return Card(lines, values, _memory(made), body, rest[: begins[0]], rest[ends[0].end() :], tail)
 
 
 def read_metadata(text: bytes) -> dict[str, Any]:
@@ -151,6 +167,9 @@ def _keys(text: str, where: str) -> tuple[dict[str, str], dict[str, Any], str]:
     import yaml
 
     try:
+        # An alias may stand for what is made of aliases: some lines could become gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise CheckpointError(f"{where}: its front matter has an alias (*name), which is not read")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:

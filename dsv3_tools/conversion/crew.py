@@ -177,6 +177,7 @@ class Crew:
         self._written[shard.name] = entry
         if self._uploader is not None:
             self._uploader.add(Finished(entry.shard, entry.sha256))
+            self._uploader.wait(self._stop.check)
 
     def _check_sources(self, shard: ShardPlan) -> None:
         """Refuses a shard whose source files were written to while it was made."""

@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from dsv3_tools.checkpoint.config import CONFIG_NAME, ModelConfig, encode_config
 from dsv3_tools.checkpoint.deepseek_infer import INFER_CONFIG_NAME, rank_shard_name
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.card_facts import source_card
 from dsv3_tools.conversion.deepseek_infer_config import model_args, unlike_demo, without_counterpart
 from dsv3_tools.conversion.plan import SOURCE, Plan, ShardPlan, Share, Step, TensorRef
 from dsv3_tools.conversion.planning import check_plan, repositories, source_files
@@ -119,6 +120,7 @@ def _plan(
         source_files=source_files({SOURCE: checkpoint}, copied),
         nbytes_in=checkpoint.nbytes,
         repositories=repositories({SOURCE: checkpoint}),
+        source_card=source_card(checkpoint),
         config_name=INFER_CONFIG_NAME,
         index_name=None,
         notes=tuple(unlike_demo(checkpoint.config_json, checkpoint.config)),

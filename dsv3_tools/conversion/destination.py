@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -16,20 +15,26 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.deepseek_infer import INFER_CONFIG_NAME
 from dsv3_tools.checkpoint.durable import destination_errors
 from dsv3_tools.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, parse_index
-from dsv3_tools.checkpoint.manifest import FIGURES_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from dsv3_tools.checkpoint.manifest import (
+    FIGURES_NAME,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    PUSH_NAME,
+    parse_manifest,
+)
 from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file
+from dsv3_tools.conversion.options import HubOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Stop
+from dsv3_tools.conversion.push_record import PushRecord, read_push_record
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
 from dsv3_tools.errors import CheckpointError, DestinationError
 
 __all__ = [
-    "PUSH_NAME",
     "State",
     "clear",
     "finished_shards",
     "read_manifest",
-    "read_push_record",
     "replaceable_nbytes",
     "survey",
     "withdraw",
@@ -39,9 +44,6 @@ _HASH_BYTES = 4 << 20
 
 _MARKS = (INDEX_NAME, MANIFEST_NAME)
 """What makes shards a checkpoint, in the order of writing and of removal: without one it is none."""
-
-PUSH_NAME = "dsv3_push.json"
-"""What says where on the Hub a result is whose shards are not here."""
 
 _CONFIGS = (CONFIG_NAME, INFER_CONFIG_NAME)
 """What no other checkpoint's shards may lie beside."""
@@ -55,8 +57,8 @@ class State(Enum):
     COMPLETE = "the finished result of the same plan"
 
 
-def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
-    """Returns what lies at `destination`.
+def survey(plan: Plan, destination: Path, *, overwrite: bool, hub: HubOptions) -> State:
+    """Returns what lies at `destination`; what a push has removed counts as there if this run would do so.
 
     Raises:
         DestinationError: something that is not this plan's and may not be overwritten.
@@ -73,9 +75,13 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool) -> State:
     elif not others:
         return State.FRESH
     elif MANIFEST_NAME in others:
-        if _holds_result_of(plan, destination):
+        record = read_push_record(destination)
+        removed = frozenset() if record is None else record.removed
+        if _holds_result_of(plan, destination, removed if _removes_alike(hub, record) else frozenset()):
             return State.COMPLETE
         problem = "holds the result of another run, or of this one from files that have changed since"
+        if record is not None and removed:
+            problem = f"holds what was left of a result that went to {record.repo}"
     else:
         problem = f"is not empty ({', '.join(sorted(others)[:3])}{', ...' if len(others) > 3 else ''})"
     if problem is None:
@@ -177,13 +183,12 @@ def read_manifest(destination: Path) -> dict[str, Any]:
     return parse_manifest(text, str(destination / MANIFEST_NAME))
 
 
-def _holds_result_of(plan: Plan, destination: Path) -> bool:
+def _holds_result_of(plan: Plan, destination: Path, removed: Container[str]) -> bool:
     try:
         manifest = read_manifest(destination)
         files: Mapping[str, Mapping[str, Any]] = manifest["files"]
-        pushed = read_push_record(destination)
         sizes_agree = all(
-            pushed.get(name) == file["sha256"] or (destination / name).stat().st_size == file["nbytes"]
+            name in removed or (destination / name).stat().st_size == file["nbytes"]
             for name, file in files.items()
         )
         complete = plan.commit_point in (*files, MANIFEST_NAME)
@@ -192,13 +197,12 @@ def _holds_result_of(plan: Plan, destination: Path) -> bool:
         return False
 
 
-def read_push_record(destination: Path) -> dict[str, str]:
-    """Returns the SHA-256 of files that are on the Hub and may be missing here; empty without a record."""
-    try:
-        document = json.loads(read_small_file(destination, PUSH_NAME, MAX_MANIFEST_BYTES))
-        return dict(document["files"])
-    except (CheckpointError, ValueError, KeyError, TypeError):
-        return {}
+def _removes_alike(hub: HubOptions, record: PushRecord | None) -> bool:
+    """Whether a run, like the one before, leaves its shards on the Hub alone, in the same place."""
+    if record is None or hub.push is None or hub.keep_output:
+        return False
+    repo = hub.push.repo
+    return record.is_at(repo.name, repo.revision, create_pr=hub.push.create_pr)
 
 
 def _foreign_shard(plan: Plan, names: set[str]) -> str | None:

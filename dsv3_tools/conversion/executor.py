@@ -27,6 +27,7 @@ from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.conversion.publishing import publish, publish_again, title_of
+from dsv3_tools.conversion.push_record import read_push_record
 from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.start import start
 from dsv3_tools.conversion.uploading import Finished, Uploader
@@ -65,6 +66,12 @@ class RunResult:
     pushed: str | None = None
 
     @property
+    def shards_are_here(self) -> bool:
+        """Whether the result is in the destination, and not on the Hub alone."""
+        record = read_push_record(self.destination)
+        return record is None or not record.removed
+
+    @property
     def manifest(self) -> Path:
         """Where the SHA-256 of every file is written down."""
         return self.destination / MANIFEST_NAME
@@ -99,14 +106,14 @@ def run(
         resumed = _together(ranks, begin if ranks.is_first else _nothing)[0]
         if resumed is None:
             found = read_manifest(destination)
-            pushed = None if uploader is None else publish_again(plan, workspace, found, options, uploader)
+            pushed = None if uploader is None else publish_again(plan, destination, found, options, uploader)
             return _result(plan, destination, began, devices, found, complete=True, pushed=pushed)
         todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
         workers = count_workers(options.workers, devices, len(todo), ranks)
         needs = absent_shards(todo, checkpoints)
         if uploader is not None:
             held.enter_context(uploader)
-            for entry in resumed.values():
+            for entry in resumed.values():  # in the background: there may be many
                 uploader.add(Finished(entry.shard, entry.sha256))
         crew = Crew(plan, checkpoints, workspace, options, ranks, devices, workers, needs, uploader)
         written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
@@ -143,7 +150,7 @@ def _finish(
 ) -> tuple[dict[str, Any], str | None]:
     """Writes the small files, and uploads them if asked; returns the manifest, and the commit on the Hub."""
     manifest = finish(plan, source, workspace, done)
-    pushed = None if uploader is None else publish(plan, workspace, manifest, options, uploader)
+    pushed = None if uploader is None else publish(plan, workspace.destination, manifest, options, uploader)
     workspace.remove()
     return manifest, pushed
 

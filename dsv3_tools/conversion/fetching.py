@@ -57,30 +57,21 @@ def absent_shards(
 def peak_nbytes(
     needs: Mapping[str, Sequence[SourceShard]], checkpoints: Mapping[str, Checkpoint], window: int
 ) -> int:
-    """Returns the most bytes of source shards that are here at once.
+    """Returns a bound on the bytes of source shards that are here at once, in whatever order outputs end.
+
+    Those for so many outputs as are worked on or fetched for at once, the largest, and those that wait for a
+    later output.
 
     Args:
         needs: as `absent_shards` returns it, in the order of work.
         checkpoints: by origin.
         window: outputs that are worked on or fetched for at once.
     """
-    order = list(needs.values())
-    first: dict[SourceShard, int] = {}
-    last: dict[SourceShard, int] = {}
-    for number, keys in enumerate(order):
-        for key in keys:
-            first.setdefault(key, number)
-            last[key] = number
-    change = [0] * (len(order) + 1)
-    for key, number in first.items():
-        nbytes = checkpoints[key.origin].shards[key.name].nbytes
-        change[max(0, number - window + 1)] += nbytes
-        change[last[key] + 1] -= nbytes
-    peak = now = 0
-    for difference in change:
-        now += difference
-        peak = max(peak, now)
-    return peak
+    sizes = {key: checkpoints[key.origin].shards[key.name].nbytes for keys in needs.values() for key in keys}
+    at_once = sorted((sum(sizes[key] for key in keys) for keys in needs.values()), reverse=True)[:window]
+    users = Counter(key for keys in needs.values() for key in keys)
+    waiting = sum(nbytes for key, nbytes in sizes.items() if users[key] > 1)
+    return min(sum(sizes.values()), sum(at_once) + waiting)
 
 
 def fetch_for(

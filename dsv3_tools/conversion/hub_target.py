@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import glob
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsv3_tools.checkpoint.hub_requests import patiently
+from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.source import HubRepo, parse_source
 from dsv3_tools.errors import CheckpointError, DestinationError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-__all__ = ["HubTarget", "PushTarget", "RemoteFile", "as_target", "refuse_foreign_weights"]
+__all__ = ["HubTarget", "PushTarget", "as_target", "unless_stopped"]
 
 T = TypeVar("T")
 
 _MAIN = "main"
+_POLL_SECONDS = 0.2
+
+LAST_MESSAGE = "config, index and card, which make it a model"
+"""What the commit is called after which there is a model."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,10 @@ class PushTarget:
 
     def __post_init__(self) -> None:
         if self.create_pr and self.repo.revision != _MAIN:
-            raise UsageError("a pull request is made against main; leave out the revision")
+            raise UsageError("a pull request is made against main; leave out the branch")
 
     @classmethod
-    def parse(cls, name: str, *, private: bool = False, create_pr: bool = False) -> PushTarget:
+    def parse(cls, name: str) -> PushTarget:
         """Returns the target that `org/name`, `org/name@branch` or the same with `hf://` means.
 
         Raises:
@@ -50,7 +56,18 @@ class PushTarget:
         """
         parsed = parse_source(name if name.startswith("hf://") else f"hf://{name}")
         assert isinstance(parsed, HubRepo)
-        return cls(parsed, True if private else None, create_pr)
+        return cls(parsed)
+
+    def with_options(self, *, revision: str | None, private: bool, create_pr: bool) -> PushTarget:
+        """Returns the target with what else was asked for.
+
+        Raises:
+            UsageError: two branches, or a branch and a pull request.
+        """
+        if revision is not None and self.repo.revision not in (_MAIN, revision):
+            raise UsageError(f"{self.repo}: and --revision {revision} are two branches; leave out one")
+        repo = self.repo if revision is None else replace(self.repo, revision=revision)
+        return PushTarget(repo, private or self.private, create_pr or self.create_pr)
 
 
 def as_target(push: str | PushTarget | None) -> PushTarget | None:
@@ -58,20 +75,12 @@ def as_target(push: str | PushTarget | None) -> PushTarget | None:
     return PushTarget.parse(push) if isinstance(push, str) else push
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """What the Hub says of a file: its size, and for a large one its SHA-256."""
-
-    nbytes: int
-    sha256: str | None
-
-
 class HubTarget:
     """Speaks with the Hub about one target; every request is tried again where that helps.
 
     Args:
         target: the model.
-        title: of the commits, and of a pull request; an open one with this title is gone on with.
+        title: of the commits and of a pull request; this user's open one of that title is gone on with.
         check: called while waiting; may raise `Interrupted`.
 
     Attributes:
@@ -97,27 +106,29 @@ class HubTarget:
         if self.target.create_pr:
             self.revision = self._ask(self._open_pull_request)
             return
-        self._ask(lambda: self._api.create_repo(self._name, private=self.target.private, exist_ok=True))
-        revision = self.revision
-        if revision not in (None, _MAIN):
-            self._ask(lambda: self._api.create_branch(self._name, branch=str(revision), exist_ok=True))
+        private, branch = self.target.private, self.target.repo.revision
+        self._ask(lambda: self._api.create_repo(self._name, private=private, exist_ok=True))
+        if branch != _MAIN:
+            self._ask(lambda: self._api.create_branch(self._name, branch=branch, exist_ok=True))
 
-    def files(self) -> dict[str, RemoteFile]:
-        """Returns the files that are there now."""
+    def files(self) -> dict[str, str | None]:
+        """Returns the files that are there now: for a large one its SHA-256."""
         info = self._ask(
             lambda: self._api.model_info(self._name, revision=self.revision or _MAIN, files_metadata=True)
         )
-        return {
-            file.rfilename: RemoteFile(file.size or 0, None if file.lfs is None else file.lfs.sha256)
-            for file in info.siblings or ()
-        }
+        return {f.rfilename: None if f.lfs is None else f.lfs.sha256 for f in info.siblings or ()}
 
-    def files_if_any(self) -> dict[str, RemoteFile]:
+    def files_if_any(self) -> dict[str, str | None]:
         """Returns the files that are there now; none where there is no model yet."""
         try:
             return self.files()
         except CheckpointError:
             return {}
+
+    def has(self, expected: Mapping[str, str]) -> bool:
+        """Whether a model is there with these shards, by name and SHA-256."""
+        there = self.files_if_any()
+        return INDEX_NAME in there and all(there.get(name) == sha256 for name, sha256 in expected.items())
 
     def check(self, expected: Mapping[str, str]) -> None:
         """Refuses shards on the Hub that are not what they should be.
@@ -130,40 +141,59 @@ class HubTarget:
         """
         there = self.files() if expected else {}
         for name, sha256 in expected.items():
-            found = there[name].sha256 if name in there else None
-            if found != sha256:
+            if there.get(name) != sha256:
                 raise CheckpointError(
-                    f"{self.target.repo}/{name}: has the SHA-256 {found} on the Hub, expected {sha256}: the "
-                    "file here was changed; dsv3 verify integrity checks it"
+                    f"{self.target.repo}/{name}: has the SHA-256 {there.get(name)} on the Hub, the manifest "
+                    f"says {sha256}: the file was changed before it was uploaded, or since"
                 )
+
+    def make_way(
+        self, there: Mapping[str, str | None], own: Mapping[str, str | None], *, overwrite: bool
+    ) -> None:
+        """Refuses a target with another model, or, to overwrite it, ends that one: its index goes first.
+
+        Two models' shards, of the same names or not, must never stand under one index.
+
+        Args:
+            there: what the target has; see `files`.
+            own: the shards of the result, with their SHA-256 as far as they are made.
+            overwrite: replace what is there.
+
+        Raises:
+            DestinationError: another model is there.
+        """
+        weights = [name for name in there if name.endswith(".safetensors")]
+        foreign = sorted(name for name in weights if name not in own)
+        other = INDEX_NAME in there and any(there[name] != own[name] for name in weights if name in own)
+        if not foreign and not other:
+            return
+        if not overwrite:
+            what = f"has {foreign[0]}, which is no part of this result" if foreign else "holds another model"
+            raise DestinationError(
+                f"{self.target.repo}: {what}; push to another model or branch, or --overwrite it"
+            )
+        self._delete([name for name in (INDEX_NAME, *foreign) if name in there])
 
     def upload_folder(self, folder: Path, names: Sequence[str]) -> None:
         """Uploads files of a folder, in as many commits as huggingface_hub finds right.
 
         Files that are there already are not sent again.
         """
-        if not names:
-            return
-        with _quiet():
-            done = self._ask(
-                lambda: self._api.upload_folder(
-                    repo_id=self._name,
-                    folder_path=folder,
-                    allow_patterns=[glob.escape(name) for name in names],
-                    commit_message=f"{self._title}: weights",
-                    revision=self.revision,
-                    create_pr=self.revision is None,
-                )
+
+        def upload() -> CommitInfo:
+            if self.revision is None:
+                self.revision = self._open_pull_request()
+            return self._api.upload_folder(
+                repo_id=self._name,
+                folder_path=folder,
+                allow_patterns=[glob.escape(name) for name in names],
+                commit_message=f"{self._title}: weights",
+                revision=self.revision,
+                create_pr=self.revision is None,
             )
-        if self.revision is None:
-            self.revision = done.pr_revision
 
-    def read(self, name: str) -> bytes:
-        """Returns a small file that is there now."""
-        from huggingface_hub import hf_hub_download
-
-        revision = self.revision or _MAIN
-        return Path(self._ask(lambda: hf_hub_download(self._name, name, revision=revision))).read_bytes()
+        if names:
+            self._upload(upload)
 
     def commit(self, files: Mapping[str, Path | bytes], message: str) -> str:
         """Uploads files, by name, and makes them one commit; returns its hash.
@@ -172,8 +202,28 @@ class HubTarget:
         """
         from huggingface_hub import CommitOperationAdd
 
+        return self._commit([CommitOperationAdd(name, content) for name, content in files.items()], message)
+
+    def read_if_any(self, name: str) -> bytes | None:
+        """Returns a small file that is there now."""
+        from huggingface_hub import hf_hub_download
+
+        revision = self.revision or _MAIN
+        try:
+            return Path(self._ask(lambda: hf_hub_download(self._name, name, revision=revision))).read_bytes()
+        except CheckpointError:
+            return None
+
+    def _delete(self, names: Sequence[str]) -> None:
+        from huggingface_hub import CommitOperationDelete
+
+        if names:
+            self._commit([CommitOperationDelete(name) for name in names], "the model that was here goes")
+
+    def _commit(self, operations: Sequence[Any], message: str) -> str:
         def make() -> CommitInfo:
-            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            if self.revision is None:  # an answer may have been lost
+                self.revision = self._open_pull_request()
             return self._api.create_commit(
                 self._name,
                 operations,
@@ -182,25 +232,52 @@ class HubTarget:
                 create_pr=self.revision is None,
             )
 
-        with _quiet():
-            done = self._ask(make)
+        return str(self._upload(make).oid)
+
+    def _upload(self, act: Callable[[], CommitInfo]) -> CommitInfo:
+        """Does something that may take hours, and that huggingface_hub cannot be stopped in."""
+        done = unless_stopped(lambda: self._ask(act), self._check)
         if self.revision is None:
             self.revision = done.pr_revision
-        return str(done.oid)
+        return done
 
     def _open_pull_request(self) -> str | None:
-        """Returns the revision of our own pull request of the same title, if one is open."""
+        """Returns the revision of this user's own pull request of the same title, if one is open."""
         wanted: Any = {"discussion_type": "pull_request", "discussion_status": "open"}
         found = self._api.get_repo_discussions(self._name, **wanted)
-        return next((one.git_reference for one in found if one.title.startswith(self._title)), None)
+        ours = (one for one in found if one.title.startswith(f"{self._title}: "))
+        me = self._api.whoami()["name"]
+        return next((one.git_reference for one in ours if one.author == me), None)
 
     def _ask(self, request: Callable[[], T]) -> T:
-        return patiently(request, f"{self.target.repo}", check=self._check)
+        with _quiet():
+            return patiently(request, str(self.target.repo), check=self._check)
+
+
+def unless_stopped(act: Callable[[], T], check: Callable[[], None]) -> T:
+    """Returns what `act` returns, which goes on in a thread of its own; that is left when `check` raises."""
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(act())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        check()
+    if failed:
+        raise failed[0]
+    return found[0]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Shows none of huggingface_hub's progress bars."""
+    """Shows none of huggingface_hub's progress bars, in this thread or any other."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -215,17 +292,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def refuse_foreign_weights(found: Mapping[str, Any], own: set[str], target: PushTarget) -> None:
-    """Refuses a model on the Hub with shards that are no part of the result: both would be loaded as one.
-
-    Raises:
-        DestinationError: naming one of them.
-    """
-    foreign = sorted(name for name in found if name.endswith(".safetensors") and name not in own)
-    if foreign:
-        raise DestinationError(
-            f"{target.repo}: has {foreign[0]}, which is no part of this result; push to another model or "
-            "branch, or delete it there first"
-        )

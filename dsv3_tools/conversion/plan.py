@@ -142,6 +142,7 @@ class Plan:
         index_metadata: the index's "metadata", `total_size` apart; None for the usual one.
         restoring: what the manifest says for the sake of merging: shards as the source had them.
         repositories: the sources that are on the Hub, at their commits, by origin.
+        source_card: what the source's model card says that the result's card takes over.
     """
 
     operation: str
@@ -160,6 +161,7 @@ class Plan:
     index_metadata: Mapping[str, Any] | None = None
     restoring: Mapping[str, Any] = field(default_factory=dict)
     repositories: Mapping[str, HubRepo] = field(default_factory=dict)
+    source_card: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def commit_point(self) -> str:

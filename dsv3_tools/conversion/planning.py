@@ -11,6 +11,7 @@ from dsv3_tools.checkpoint.architecture import differences
 from dsv3_tools.checkpoint.config import CONFIG_NAME, encode_config
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.source import HubRepo
+from dsv3_tools.conversion.card_facts import source_card
 from dsv3_tools.conversion.checking import check_steps
 from dsv3_tools.conversion.layout import Location, lay_out
 from dsv3_tools.conversion.plan import SOURCE, Plan, SourceFile, Step, TensorRef
@@ -157,6 +158,7 @@ def finish_plan(
         source_files=source_files(checkpoints, travel),
         nbytes_in=checkpoint.nbytes,
         repositories=repositories(checkpoints),
+        source_card=source_card(checkpoint),
     )
 
 

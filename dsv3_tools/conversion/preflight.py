@@ -25,7 +25,7 @@ from dsv3_tools.formats.integer import IntegerFormat
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["check_places", "check_room", "check_scales", "content_problems", "free_nbytes"]
+__all__ = ["check_places", "check_room", "check_scales", "content_problems", "filesystem", "free_nbytes"]
 
 LARGEST_PLAUSIBLE_MEDIAN_SCALE = 1.0
 """Largest median of a weight's scales that is believed. Released scales are about 1e-4; stored as
@@ -77,10 +77,19 @@ def check_room(destination: Path, nbytes: int) -> None:
 
 def free_nbytes(destination: Path) -> int:
     """Returns the bytes free for this user where `destination` is or will be."""
-    existing = destination.absolute()
+    return shutil.disk_usage(_existing(destination)).free
+
+
+def filesystem(destination: Path) -> int:
+    """Returns the number of the filesystem where `destination` is or will be."""
+    return _existing(destination).stat().st_dev
+
+
+def _existing(place: Path) -> Path:
+    existing = place.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing
 
 
 def check_scales(

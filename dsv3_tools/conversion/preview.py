@@ -17,6 +17,7 @@ from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.preflight import check_places, free_nbytes
 from dsv3_tools.conversion.room import Room, room_for
 from dsv3_tools.conversion.start import missing_shards
+from dsv3_tools.conversion.uploading import check_target, own_shards
 from dsv3_tools.conversion.workspace import Workspace
 from dsv3_tools.errors import Dsv3Error
 
@@ -53,11 +54,13 @@ def preview(
     try:
         devices = resolve_devices(options.device, options.ranks)
         check_places(checkpoints, destination)
-        state = survey(plan, destination, overwrite=options.overwrite)
+        state = survey(plan, destination, overwrite=options.overwrite, hub=options.hub)
         missing = missing_shards(plan, Workspace(destination), state)
         workers = count_workers(options.workers, devices, len(missing), options.ranks)
         room = room_for(missing, checkpoints, Workspace(destination), state, options, workers)
         room.check(destination)
+        if options.hub.push is not None and not options.overwrite and state is not State.COMPLETE:
+            check_target(options.hub.push, own_shards(plan, Workspace(destination), state))
     except Dsv3Error as error:
         problem = error
     workers = count_workers(options.workers, devices, len(missing), options.ranks)

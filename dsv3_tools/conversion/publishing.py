@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3_tools.checkpoint.durable import destination_errors, write_file
-from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
+from dsv3_tools.checkpoint.durable import destination_errors
+from dsv3_tools.checkpoint.manifest import FIGURES_NAME, MANIFEST_NAME
 from dsv3_tools.checkpoint.source import HubRepo
-from dsv3_tools.conversion.destination import PUSH_NAME
+from dsv3_tools.conversion.card_yaml import CARD_NAME
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
-from dsv3_tools.conversion.push import push
+from dsv3_tools.conversion.push import push, with_card_there
+from dsv3_tools.conversion.push_record import PushRecord, read_push_record
 from dsv3_tools.conversion.uploading import Uploader
-from dsv3_tools.conversion.workspace import Workspace
 
 __all__ = ["publish", "publish_again", "title_of"]
-
-_OPTIONAL = ("README.md", "dsv3_figures.json")
 
 
 def title_of(operation: str, digest: str) -> str:
@@ -28,65 +25,53 @@ def title_of(operation: str, digest: str) -> str:
 
 
 def publish(
-    plan: Plan, workspace: Workspace, manifest: Mapping[str, Any], options: RunOptions, uploader: Uploader
+    plan: Plan, directory: Path, manifest: Mapping[str, Any], options: RunOptions, uploader: Uploader
 ) -> str:
     """Uploads what makes the shards a model, and writes down where it is; returns the model at its commit.
+
+    Without `keep_output` the shards have gone, and the index goes now: nobody must take the rest for a model.
 
     Raises:
         CheckpointError: the Hub does not have the shards that were written.
         NetworkError: uploading failed.
     """
-    hashes = {name: str(file["sha256"]) for name, file in manifest["files"].items()}
-    shards = {shard.name: hashes[shard.name] for shard in plan.shards}
-    small = [name for name in (*hashes, *_OPTIONAL, MANIFEST_NAME) if name not in shards]
-    paths = {name: workspace.destination / name for name in small}
-    commit = uploader.finish({n: path for n, path in paths.items() if path.exists()}, shards)
-    return _record(workspace, uploader, commit, hashes, plan, keep=options.hub.keep_output)
-
-
-def publish_again(
-    plan: Plan, workspace: Workspace, manifest: Mapping[str, Any], options: RunOptions, uploader: Uploader
-) -> str:
-    """Uploads a result that is here already, unless the record says that it is there; returns as `publish`.
-
-    Raises:
-        CheckpointError: its shards are not here any more.
-        NetworkError: uploading failed.
-    """
-    found = _recorded(workspace.destination)
-    assert options.hub.push is not None
-    if found is not None and found.name == options.hub.push.repo.name:
-        return str(found)
-    done = push(workspace.destination, options.hub.push)
-    hashes = {name: str(file["sha256"]) for name, file in manifest["files"].items()}
-    return _record(workspace, uploader, done.commit, hashes, plan, keep=True)
-
-
-def _record(
-    workspace: Workspace,
-    uploader: Uploader,
-    commit: str,
-    hashes: Mapping[str, str],
-    plan: Plan,
-    *,
-    keep: bool,
-) -> str:
-    """Writes down where the result is; without `keep` nothing here is taken for a checkpoint any more."""
-    repo = uploader.hub.target.repo
-    there = HubRepo(repo.name, uploader.hub.revision or repo.revision, commit)
-    document = {**there.record(), "files": dict(hashes)}
-    text = json.dumps(document, indent=2).encode() + b"\n"
-    write_file(workspace.destination / PUSH_NAME, text, folder=workspace.destination)
-    if not keep and plan.index_name is not None:
-        with destination_errors(workspace.destination, "removing the index"):
-            (workspace.destination / plan.index_name).unlink(missing_ok=True)
+    shards = _shards(plan, manifest)
+    small = [
+        name for name in (*manifest["files"], CARD_NAME, FIGURES_NAME, MANIFEST_NAME) if name not in shards
+    ]
+    paths = {name: directory / name for name in small if (directory / name).exists()}
+    commit = uploader.finish(with_card_there(uploader.hub, paths), shards)
+    there = HubRepo(uploader.hub.target.repo.name, str(uploader.hub.revision), commit)
+    removed = () if options.hub.keep_output else (*shards, *([plan.index_name] if plan.index_name else []))
+    PushRecord(there, frozenset(removed)).write(directory)
+    with destination_errors(directory, "removing what was uploaded"):
+        for name in removed:
+            (directory / name).unlink(missing_ok=True)
     return str(there)
 
 
-def _recorded(destination: Path) -> HubRepo | None:
-    """Returns where an earlier run has uploaded the result to."""
-    try:
-        document = json.loads((destination / PUSH_NAME).read_bytes())
-        return HubRepo(document["repo"], document["revision"], document["commit"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def publish_again(
+    plan: Plan, directory: Path, manifest: Mapping[str, Any], options: RunOptions, uploader: Uploader
+) -> str:
+    """Uploads a result that is here already, unless it is there; returns as `publish`.
+
+    Raises:
+        CheckpointError: its shards are neither here nor there.
+        DestinationError: another model is there.
+        NetworkError: uploading failed.
+    """
+    target, record = uploader.hub.target, read_push_record(directory)
+    place = target.repo.name, target.repo.revision
+    if record is not None and record.is_at(*place, create_pr=target.create_pr):
+        uploader.hub.revision = record.repo.revision
+        if uploader.hub.has(_shards(plan, manifest)):
+            return str(record.repo)
+    done = push(directory, target, overwrite=options.overwrite, stop=options.stop)
+    there = HubRepo(target.repo.name, done.revision, done.commit)
+    PushRecord(there, frozenset()).write(directory)
+    return str(there)
+
+
+def _shards(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the SHA-256 of every shard, by name."""
+    return {shard.name: str(manifest["files"][shard.name]["sha256"]) for shard in plan.shards}

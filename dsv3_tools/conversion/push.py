@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from typing import Any
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.deepseek_infer import check_ranks, holds_ranks
 from dsv3_tools.checkpoint.index import INDEX_NAME
-from dsv3_tools.checkpoint.manifest import MANIFEST_NAME
+from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, PUSH_NAME
+from dsv3_tools.checkpoint.paths import regular_file
 from dsv3_tools.checkpoint.reader import Checkpoint
-from dsv3_tools.conversion.destination import PUSH_NAME, read_manifest
-from dsv3_tools.conversion.hub_target import HubTarget, PushTarget, refuse_foreign_weights
+from dsv3_tools.conversion.card_yaml import CARD_NAME, with_text_of
+from dsv3_tools.conversion.destination import read_manifest
+from dsv3_tools.conversion.hub_target import LAST_MESSAGE, HubTarget, PushTarget
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import CheckpointError
 
-__all__ = ["PushResult", "push"]
+__all__ = ["PushResult", "push", "with_card_there"]
 
-_LAST = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, "README.md")
+_LAST = (CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, CARD_NAME)
 """What makes shards a model."""
 
 _NEVER = (".*", PUSH_NAME, "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 """Hidden files, and pickle files, which run code when they are loaded."""
+
+_HASH_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,9 @@ class PushResult:
         repo: the model on the Hub.
         revision: the branch or pull request.
         commit: the last commit; empty when nothing was uploaded.
-        files: names and sizes, those of the last commit at the end.
+        files: sizes by name, those of the last commit at the end.
         nbytes: of all files.
-        nbytes_there: of those that the Hub had already.
+        nbytes_there: of those that the Hub had already, as far as the manifest tells.
         left_out: names that are never uploaded.
     """
 
@@ -47,7 +52,7 @@ class PushResult:
     repo: str
     revision: str
     commit: str
-    files: tuple[tuple[str, int], ...]
+    files: Mapping[str, int]
     nbytes: int
     nbytes_there: int
     left_out: tuple[str, ...]
@@ -60,6 +65,7 @@ def push(
     revision: str | None = None,
     private: bool = False,
     create_pr: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     stop: Stop | None = None,
 ) -> PushResult:
@@ -69,7 +75,7 @@ def push(
         >>> import dsv3_tools, tempfile
         >>> made = tempfile.mkdtemp()
         >>> _ = dsv3_tools.convert_fp8_to_bf16("miniature/checkpoint", made, device="cpu")
-        >>> push(made, "my-name/mini-bf16", dry_run=True).files[-1][0]
+        >>> list(push(made, "my-name/mini-bf16", dry_run=True).files)[-1]
         'README.md'
 
     Args:
@@ -78,47 +84,56 @@ def push(
         revision: the branch, if `repo` does not name it.
         private: make a private model.
         create_pr: propose a pull request instead of writing to main.
+        overwrite: replace another model that is there.
         dry_run: only say what would be uploaded.
-        stop: lets a signal handler end it between two requests.
+        stop: lets a signal handler end it.
 
     Raises:
         CheckpointError: not a finished checkpoint, or a file is not what its manifest says.
-        DestinationError: other weights are there.
+        DestinationError: another model is there.
         NetworkError: the Hub cannot be reached, or refuses.
     """
     folder, check = Path(directory), (stop or Stop()).check
     given = repo if isinstance(repo, PushTarget) else PushTarget.parse(repo)
-    place = given.repo if revision is None else replace(given.repo, revision=revision)
-    target = PushTarget(place, private or given.private, create_pr or given.create_pr)
+    target = given.with_options(revision=revision, private=private, create_pr=create_pr)
     hashes = _check_finished(folder)
     sizes, left_out = _files(folder)
-    hub = HubTarget(target, f"dsv3 push {_label(hashes)}".rstrip(), check)
+    hub = HubTarget(target, f"dsv3 push {_label(hashes, sizes)}", check)
     if not dry_run:
         hub.prepare()
     there = {} if hub.revision is None else hub.files_if_any()
-    refuse_foreign_weights(there, set(sizes), target)
-    same = [
-        name for name, file in there.items() if file.sha256 is not None and hashes.get(name) == file.sha256
-    ]
+    own = _shards(folder, sizes, hashes, there)
+    if not (overwrite and dry_run):
+        hub.make_way(there, own, overwrite=overwrite)
+    same = [name for name, sha256 in there.items() if sha256 and name in sizes and hashes.get(name) == sha256]
     commit = "" if dry_run else _upload(hub, folder, sizes, hashes)
     return PushResult(
         directory=folder,
         repo=target.repo.name,
         revision=hub.revision or "a new pull request",
         commit=commit,
-        files=tuple(sizes.items()),
+        files=sizes,
         nbytes=sum(sizes.values()),
-        nbytes_there=sum(sizes[name] for name in same if name in sizes),
+        nbytes_there=sum(sizes[name] for name in same),
         left_out=left_out,
     )
 
 
-def _upload(hub: HubTarget, folder: Path, sizes: dict[str, int], hashes: dict[str, str]) -> str:
+def with_card_there(hub: HubTarget, paths: Mapping[str, Path]) -> dict[str, Path | bytes]:
+    """Returns the files of a last commit: the card with what its user has written in the one on the Hub."""
+    found: dict[str, Path | bytes] = dict(paths)
+    there = hub.read_if_any(CARD_NAME) if CARD_NAME in paths else None
+    if there is not None:
+        found[CARD_NAME] = with_text_of(there, paths[CARD_NAME].read_bytes())
+    return found
+
+
+def _upload(hub: HubTarget, folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str]) -> str:
     """Uploads shards and other files first, then what makes them a model; returns the last commit."""
     last = [name for name in _LAST if name in sizes]
     hub.upload_folder(folder, [name for name in sizes if name not in last])
     hub.check({name: hashes[name] for name in sizes if name in hashes and name.endswith(".safetensors")})
-    return hub.commit({name: folder / name for name in last}, "config, index and card, which make it a model")
+    return hub.commit(with_card_there(hub, {name: folder / name for name in last}), LAST_MESSAGE)
 
 
 def _check_finished(folder: Path) -> dict[str, str]:
@@ -145,21 +160,41 @@ def _check_finished(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Returns the sizes of what is uploaded, by path, and the names of what never is."""
+    """Returns the sizes of what is uploaded, by path, and the names of what never is.
+
+    Raises:
+        CheckpointError: a link that leads out of the directory.
+    """
     sizes: dict[str, int] = {}
     left_out = []
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts[:-1]) or not path.is_file():
+        name = str(path.relative_to(folder))
+        if any(part.startswith(".") for part in Path(name).parts[:-1]) or not path.is_file():
             continue
         if any(fnmatch(path.name.lower(), pattern) for pattern in _NEVER):
-            left_out.append(str(name))
+            left_out.append(name)
         else:
-            sizes[str(name)] = path.stat().st_size
+            sizes[name] = regular_file(folder, name).stat().st_size
     order = {name: number for number, name in enumerate(_LAST)}
     return dict(sorted(sizes.items(), key=lambda item: order.get(item[0], -1))), tuple(left_out)
 
 
-def _label(hashes: dict[str, str]) -> str:
+def _shards(
+    folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str], there: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """Returns the shards with their SHA-256; what no manifest says is calculated where it is needed."""
+    names = [name for name in sizes if name.endswith(".safetensors")]
+    return {name: hashes.get(name) or (_sha256(folder / name) if name in there else None) for name in names}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_HASH_NBYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _label(hashes: Mapping[str, str], sizes: Mapping[str, int]) -> str:
     """Returns a few characters that tell one result from another."""
-    return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:8] if hashes else ""
+    return hashlib.sha256(repr(sorted((hashes or sizes).items())).encode()).hexdigest()[:8]

@@ -11,7 +11,7 @@ from dsv3_tools.conversion.destination import State, replaceable_nbytes
 from dsv3_tools.conversion.fetching import PREFETCH, absent_shards, peak_nbytes
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import ShardPlan
-from dsv3_tools.conversion.preflight import check_room
+from dsv3_tools.conversion.preflight import check_room, filesystem
 from dsv3_tools.conversion.uploading import PENDING
 from dsv3_tools.conversion.workspace import Workspace
 
@@ -45,11 +45,17 @@ class Room:
         Raises:
             DestinationError: with the bytes free and needed.
         """
-        check_room(destination, self.needed)
-        if self.fetched and not self.staged:
-            from huggingface_hub import constants
+        if self.staged or not self.fetched:
+            check_room(destination, self.needed)
+            return
+        from huggingface_hub import constants
 
-            check_room(Path(constants.HF_HUB_CACHE), self.fetched)
+        cache = Path(constants.HF_HUB_CACHE)
+        if filesystem(cache) == filesystem(destination):
+            check_room(destination, self.needed + self.fetched)
+        else:
+            check_room(destination, self.needed)
+            check_room(cache, self.fetched)
 
 
 def room_for(

@@ -11,6 +11,7 @@ from pathlib import Path
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.preflight import filesystem
 from dsv3_tools.conversion.preview import Preview, preview
 from dsv3_tools.errors import DestinationError, Dsv3Error, UsageError
 
@@ -73,7 +74,7 @@ def _no_room(parts: Sequence[Part], previews: Sequence[Preview]) -> Dsv3Error | 
     for part, found in zip(parts, previews, strict=True):
         if found.problem is not None:
             return None
-        device = _device(part.destination)
+        device = filesystem(part.destination)
         needed[device] += found.nbytes_needed
         if needed[device] > found.nbytes_free:
             return DestinationError(
@@ -82,11 +83,3 @@ def _no_room(parts: Sequence[Part], previews: Sequence[Preview]) -> Dsv3Error | 
                 "another disk"
             )
     return None
-
-
-def _device(destination: Path) -> int:
-    """Returns the number of the filesystem where `destination` is or will be."""
-    existing = destination.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return existing.stat().st_dev

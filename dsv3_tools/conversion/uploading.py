@@ -6,14 +6,17 @@ What makes them a model, index, config, card and manifest, comes in the last com
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3_tools.conversion.hub_target import HubTarget, PushTarget, refuse_foreign_weights
+from dsv3_tools.conversion.destination import State
+from dsv3_tools.conversion.hub_target import LAST_MESSAGE, HubTarget, PushTarget
+from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Stop
+from dsv3_tools.conversion.workspace import Workspace
 
-__all__ = ["PENDING", "Finished", "Uploader"]
+__all__ = ["PENDING", "Finished", "Uploader", "check_target", "own_shards"]
 
 _BATCH = 4
 """Shards in a commit: the Hub counts commits."""
@@ -25,6 +28,23 @@ _POLL_SECONDS = 0.2
 
 _LAST_SECONDS = 5.0
 """What a commit that nobody waits for any more gets; huggingface_hub cannot be stopped within one."""
+
+
+def own_shards(plan: Plan, workspace: Workspace, state: State) -> dict[str, str | None]:
+    """Returns the shards of a result, with the SHA-256 of those that an earlier run has made."""
+    journal = workspace.read_journal() if state is State.RESUME else {}
+    return {s.name: journal[s.name].sha256 if s.name in journal else None for s in plan.shards}
+
+
+def check_target(target: PushTarget, own: Mapping[str, str | None]) -> None:
+    """Refuses a target that has another model, without a change to it.
+
+    Raises:
+        DestinationError: it has.
+        NetworkError: the Hub cannot be asked.
+    """
+    hub = HubTarget(target, "")
+    hub.make_way(hub.files_if_any(), own, overwrite=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +70,7 @@ class Uploader:
     def __init__(
         self, target: PushTarget, title: str, directory: Path, *, keep: bool, total: int, stop: Stop
     ) -> None:
-        self._hub = HubTarget(target, title, stop.check)
+        self.hub = HubTarget(target, title, stop.check)
         self._directory, self._keep, self._total, self._stop = directory, keep, total, stop
         self._waiting: list[Finished] = []
         self._done: dict[str, str] = {}
@@ -59,25 +79,21 @@ class Uploader:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._upload_all, daemon=True)
 
-    @property
-    def hub(self) -> HubTarget:
-        """The target."""
-        return self._hub
-
-    def begin(self, own: Sequence[str]) -> dict[str, str]:
+    def begin(self, own: Mapping[str, str | None], *, overwrite: bool) -> dict[str, str]:
         """Makes the model if need be; returns the SHA-256 of those shards that are there, by name.
 
         Args:
-            own: the names of all shards of the result.
+            own: all shards of the result, with their SHA-256 as far as they are made.
+            overwrite: replace another model.
 
         Raises:
-            DestinationError: there are other weights.
+            DestinationError: another model is there.
             NetworkError: the Hub cannot be reached, or refuses.
         """
-        self._hub.prepare()
-        there = {} if self._hub.revision is None else self._hub.files()
-        refuse_foreign_weights(there, set(own), self._hub.target)
-        self._done = {name: file.sha256 for name, file in there.items() if name in own and file.sha256}
+        self.hub.prepare()
+        there = {} if self.hub.revision is None else self.hub.files()
+        self.hub.make_way(there, own, overwrite=overwrite)
+        self._done = {name: sha256 for name, sha256 in there.items() if sha256 and own.get(name) == sha256}
         return dict(self._done)
 
     def __enter__(self) -> Uploader:
@@ -91,43 +107,48 @@ class Uploader:
         self._thread.join(_LAST_SECONDS)
 
     def add(self, shard: Finished) -> None:
-        """Takes a finished shard, unless the Hub has it already; waits while too many are waiting.
-
-        Raises:
-            NetworkError: uploading has failed.
-            Interrupted: somebody has asked to stop.
-        """
+        """Takes a finished shard, unless the Hub has it already."""
         with self._changed:
             if self._done.get(shard.name) == shard.sha256:
                 self._leave(shard)
-                return
-            self._waiting.append(shard)
-            self._changed.notify_all()
+            else:
+                self._waiting.append(shard)
+                self._changed.notify_all()
+
+    def wait(self, check: Callable[[], None]) -> None:
+        """Returns when there is room for one shard more.
+
+        Raises:
+            NetworkError: uploading has failed.
+            Interrupted: by `check`, which is called every now and then.
+        """
+        with self._changed:
             while len(self._waiting) >= PENDING and self._failure is None:
-                self._stop.check()
+                check()
                 self._changed.wait(_POLL_SECONDS)
             self._raise_failure()
 
-    def finish(self, small: Mapping[str, Path], expected: Mapping[str, str]) -> str:
+    def finish(self, small: Mapping[str, Path | bytes], expected: Mapping[str, str]) -> str:
         """Uploads what is left, then the small files in one last commit; returns its hash.
 
         Args:
-            small: where the small files are, by name.
+            small: the small files, by name.
             expected: SHA-256 of every shard, by name.
 
         Raises:
             CheckpointError: the Hub does not have what was written.
             NetworkError: uploading has failed.
+            Interrupted: somebody has asked to stop.
         """
         with self._changed:
             self._ending = True
             self._changed.notify_all()
         while self._thread.is_alive():
             self._thread.join(_POLL_SECONDS)
+            self._stop.check()
         self._raise_failure()
-        self._stop.check()
-        self._hub.check(expected)
-        return self._hub.commit(small, "config, index and card, which make it a model")
+        self.hub.check(expected)
+        return self.hub.commit(small, LAST_MESSAGE)
 
     def _upload_all(self) -> None:
         try:
@@ -135,8 +156,10 @@ class Uploader:
                 first, *_, last = sorted(shard.name for shard in batch * 2)
                 names = first if first == last else f"{first} … {last}"
                 paths = {shard.name: self._directory / shard.name for shard in batch}
-                self._hub.commit(paths, f"{names}, of {self._total} shards")
+                self.hub.commit(paths, f"{names}, of {self._total} shards")
                 with self._changed:
+                    if self._closed:  # the shards may be another run's by now
+                        return
                     for shard in batch:
                         self._waiting.remove(shard)
                         self._done[shard.name] = shard.sha256

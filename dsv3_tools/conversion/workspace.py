@@ -18,7 +18,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,13 +202,30 @@ class Workspace:
         return self.folder / f"source-{rank}"
 
     def source_nbytes(self) -> int:
-        """Returns the bytes of such shards, from a run that was stopped."""
-        return sum(path.lstat().st_size for path in self.folder.glob("source-*/**/*.safetensors"))
+        """Returns the bytes of such shards, whole or not, from runs that were stopped."""
+        return sum(path.lstat().st_blocks * 512 for path in self.folder.glob("source-*/**/*"))
+
+    def tidy_sources(self, needed: Container[tuple[str, str]], world_size: int) -> None:
+        """Removes what runs that were stopped have fetched, but whole shards that are `needed` again.
+
+        Args:
+            needed: origins and names.
+            world_size: ranks of this run; others have gone.
+        """
+        ranks = {self.source_folder(rank) for rank in range(world_size)}
+        with destination_errors(self.folder, "removing fetched shards"):
+            for path in self.folder.glob("source-*"):
+                if path not in ranks or path.is_symlink() or not path.is_dir():
+                    _remove(path)
+            for path in self.folder.glob("source-*/*/*.safetensors"):
+                if (path.parent.name, path.name) not in needed:
+                    path.unlink()
+            for path in self.folder.glob("source-*/**/*.incomplete"):
+                path.unlink()
 
     def clear(self) -> None:
-        """Forgets an earlier run: its plan, journals, temporary files and fetched shards."""
+        """Forgets an earlier run: its plan, journals and temporary files."""
         with destination_errors(self.folder, "removing an earlier run's records"):
-            self._remove_sources()
             for path in self._own_files():
                 path.unlink(missing_ok=True)
 
@@ -219,7 +236,8 @@ class Workspace:
         that run.
         """
         with suppress(OSError):
-            self._remove_sources()
+            for path in self.folder.glob("source-*"):
+                _remove(path)
             for path in self._own_files():
                 path.unlink(missing_ok=True)
             for name in (OWNER_NAME, "lock"):
@@ -240,13 +258,6 @@ class Workspace:
         with destination_errors(self.folder, "removing an earlier run's records"):
             (self.folder / FAILED_NAME).unlink(missing_ok=True)
 
-    def _remove_sources(self) -> None:
-        for path in self.folder.glob("source-*"):
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
-
     def _own_files(self) -> list[Path]:
         """Returns the records of runs; the plan last, for a folder without one is taken as untouched."""
         journals, temporaries = self.folder.glob("journal*.jsonl"), self.folder.glob("*.tmp")
@@ -258,6 +269,14 @@ class Workspace:
             return f"another run (process {owner['pid']} on {owner['host']}, since {owner['start']})"
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder and all in it; a link or a file alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _changed(before: Sequence[SourceFile], now: Sequence[SourceFile]) -> str | None:

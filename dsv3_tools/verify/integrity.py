@@ -15,8 +15,9 @@ from dsv3_tools.checkpoint.files import read_shard_header
 from dsv3_tools.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
 from dsv3_tools.checkpoint.paths import hub_blob_sha256, read_small_file, regular_file
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.checkpoint.source import HubRepo, Source, SourceLike, parse_source
 from dsv3_tools.conversion.progress import Meter, Progress, Stop
-from dsv3_tools.errors import CheckpointError, Dsv3Error
+from dsv3_tools.errors import CheckpointError, Dsv3Error, NetworkError
 from dsv3_tools.verify.threads import wait_for
 
 __all__ = ["IntegrityReport", "verify_integrity"]
@@ -32,7 +33,7 @@ class IntegrityReport:
     there is nothing to compare hashes with and only the structure was checked.
     """
 
-    directory: Path
+    directory: Source
     hashes_from: str | None
     files_hashed: int
     nbytes_hashed: int
@@ -45,7 +46,7 @@ class IntegrityReport:
 
 
 def verify_integrity(
-    directory: str | os.PathLike[str],
+    directory: SourceLike,
     *,
     workers: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -59,7 +60,7 @@ def verify_integrity(
         (True, None)
 
     Args:
-        directory: a finished result, or any checkpoint.
+        directory: a finished result, or any checkpoint; on the Hub, whose own hashes are compared then.
         workers: files hashed at once; None is one for each core.
         on_progress: called with every block, from any thread.
         stop: lets a signal handler end it.
@@ -70,7 +71,9 @@ def verify_integrity(
     Raises:
         CheckpointError: `directory` is no directory.
     """
-    folder = Path(directory)
+    folder = parse_source(directory)
+    if isinstance(folder, HubRepo):
+        return _verify_on_hub(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no directory, expected a checkpoint")
     problems: list[str] = []
@@ -92,6 +95,36 @@ def verify_integrity(
     except Dsv3Error as error:
         problems.append(str(error))
     return IntegrityReport(folder, hashes_from, len(expected), total, tuple(problems))
+
+
+def _verify_on_hub(repo: HubRepo) -> IntegrityReport:
+    """Compares the hashes that the Hub states with the manifest there: not one weight is fetched."""
+    try:
+        opened = Checkpoint(repo)
+    except NetworkError:
+        raise
+    except Dsv3Error as error:
+        return IntegrityReport(repo, None, 0, 0, (str(error),))
+    with opened as checkpoint:
+        if not checkpoint.has_file(MANIFEST_NAME):
+            return IntegrityReport(checkpoint.source, None, 0, 0, ())
+        where = checkpoint.where(MANIFEST_NAME)
+        manifest = parse_manifest(checkpoint.read_file(MANIFEST_NAME, MAX_MANIFEST_BYTES), where)
+        expected, stated = _manifest_hashes(manifest, where), checkpoint.stated_sha256()
+        problems = [
+            f"{name}: has the SHA-256 {found} on the Hub, the manifest says {sha256}"
+            for name, (nbytes, sha256) in expected.items()
+            if (found := stated.get(name) or _sha256_of_small(checkpoint, name, nbytes)) != sha256
+        ]
+        total = sum(nbytes for nbytes, _ in expected.values())
+        return IntegrityReport(checkpoint.source, "manifest", len(expected), total, tuple(problems))
+
+
+def _sha256_of_small(checkpoint: Checkpoint, name: str, nbytes: int) -> str | None:
+    """Returns the SHA-256 of a file beside the shards; None without one."""
+    if not checkpoint.has_file(name):
+        return None
+    return hashlib.sha256(checkpoint.read_file(name, max(nbytes, 1) * 2)).hexdigest()
 
 
 def _check_structure(folder: Path) -> None:

@@ -49,6 +49,12 @@ def test_no_model(text: str) -> None:
         parse_source(text)
 
 
+@pytest.mark.parametrize("text", ["hf:a/b", "https://hub.invalid/a/b", "http://a/b"])
+def test_almost_a_model(text: str) -> None:
+    with pytest.raises(UsageError, match="a model on the Hub is named organization/name"):
+        parse_source(text)
+
+
 def test_names_are_read_back() -> None:
     repo = HubRepo("a/b", "main", COMMIT)
     assert str(repo) == f"hf://a/b@{COMMIT}"

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -140,7 +141,7 @@ def test_a_pull_request_is_gone_on_with(hub: FakeHub, result: Path) -> None:
 def test_dry_run(hub: FakeHub, result: Path) -> None:
     planned = dsv3_tools.push(result, REPO, dry_run=True)
     assert planned.commit == ""
-    assert {name for name, _ in planned.files} == files(result).keys()
+    assert planned.files.keys() == files(result).keys()
     assert {seen.method for seen in hub.requests} <= {"GET", "HEAD"}
     dsv3_tools.push(result, REPO)
     assert dsv3_tools.push(result, REPO, dry_run=True).nbytes_there > 0.9 * planned.nbytes
@@ -303,7 +304,7 @@ def test_half_of_a_split(hub: FakeHub, source: Path, tmp_path: Path) -> None:
     dsv3_tools.split_mtp(source, mtp=tmp_path / "mtp", push=REPO, keep_output=False)
     assert INDEX in on_hub(hub)
     with pytest.raises(UsageError):
-        dsv3_tools.split_mtp(source, main=tmp_path / "a", mtp=tmp_path / "b", push=REPO)
+        dsv3_tools.split_mtp(source, main=tmp_path / "a", mtp=tmp_path / "b", push="team/two")
 
 
 def test_keeping_nothing_asks_for_a_push(source: Path, tmp_path: Path) -> None:
@@ -342,6 +343,134 @@ def test_stopped_and_gone_on_with(hub: FakeHub, source: Path, made: Path, tmp_pa
         )
     convert(source, tmp_path / "out", keep_output=False)
     assert on_hub(hub) == files(made)
+
+
+# ------------------------------------------------------------------------------------- what must not be lost
+
+
+def test_a_resumed_run_that_keeps_its_output_makes_what_has_gone(
+    hub: FakeHub, source: Path, made: Path, tmp_path: Path
+) -> None:
+    """Shards that went to the Hub and were removed are no part of a result that is wanted here."""
+    hub.faults = [Rule(Fault.status(403), method="POST", path="*/commit/*", first=4, times=None)]
+    with pytest.raises(NetworkError):
+        convert(source, tmp_path / "out", keep_output=False)
+    hub.faults = []
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) < 12
+    convert(source, tmp_path / "out")
+    assert {n: data for n, data in files(tmp_path / "out").items() if n != "dsv3_push.json"} == files(made)
+
+
+def test_a_shard_removed_after_a_push_is_missed(hub: FakeHub, source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "model-00002-of-000012.safetensors").unlink()
+    with pytest.raises(DestinationError):
+        convert(source, tmp_path / "out", push=None)
+
+
+def test_what_went_to_the_hub_alone_is_not_here(
+    hub: FakeHub, source: Path, made: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "out", keep_output=False)
+    for options in ({"push": None}, {"push": REPO}, {"push": "team/other", "keep_output": False}):
+        with pytest.raises(DestinationError, match=rf"what was left of a result that went to hf://{REPO}@"):
+            convert(source, tmp_path / "out", **options)
+    convert(source, tmp_path / "out", push=None, overwrite=True)
+    assert files(tmp_path / "out") == files(made)
+
+
+def test_it_is_looked_for_on_the_hub(hub: FakeHub, source: Path, made: Path, tmp_path: Path) -> None:
+    """A result that is said to be there, and is not any more, is uploaded again if it is here."""
+    convert(source, tmp_path / "out")
+    hub.repo(REPO).commit({INDEX: b"{}"}, deleted=["model-00001-of-000012.safetensors"], message="broken")
+    assert convert(source, tmp_path / "out").already_complete
+    assert on_hub(hub) == files(made)
+    convert(source, tmp_path / "out", push=f"{REPO}@v2")
+    assert on_hub(hub, "v2") == files(made)
+
+
+def test_another_model_of_the_same_names_is_left_alone(hub: FakeHub, source: Path, tmp_path: Path) -> None:
+    """BF16 shards have the names of the FP8 ones that they are made of: say, those of the source itself."""
+    hub.add_repo(REPO, {path.name: path for path in source.iterdir()})
+    before = on_hub(hub)
+    with pytest.raises(DestinationError, match="holds another model"):
+        convert(REPO, tmp_path / "out")
+    assert on_hub(hub) == before
+
+
+@pytest.mark.parametrize("names", ["the same", "others"])
+def test_another_model_is_replaced_on_request(
+    hub: FakeHub, source: Path, made: Path, result: Path, names: str
+) -> None:
+    """At no commit stand shards of both under one index."""
+    theirs = {path.name: path for path in source.iterdir()}
+    if names == "others":
+        theirs = {INDEX: b"{}", "config.json": b"{}", "model-00001-of-000001.safetensors": b"theirs"}
+    hub.add_repo(REPO, theirs)
+    with pytest.raises(DestinationError):
+        dsv3_tools.push(result, REPO)
+    with pytest.raises(DestinationError):
+        dsv3_tools.push(result, REPO, dry_run=True)
+    dsv3_tools.push(result, REPO, overwrite=True)
+    assert on_hub(hub) == files(made)
+    history = hub.repo(REPO).history("main")
+    with_index = [INDEX in commit.tree for commit in history]
+    assert with_index == [True, *[False] * (len(history) - 2), True]
+
+
+def test_a_users_text_on_the_hub_stays(hub: FakeHub, result: Path) -> None:
+    dsv3_tools.push(result, REPO)
+    card = on_hub(hub)["README.md"].decode()
+    edited = card.replace("pipeline_tag: text-generation", "pipeline_tag: other") + "\nMine.\n"
+    hub.repo(REPO).commit({"README.md": edited.encode()}, message="my words")
+    dsv3_tools.push(result, REPO)
+    assert on_hub(hub)["README.md"].decode() == edited
+
+
+def test_links_out_of_the_directory_are_refused(hub: FakeHub, result: Path) -> None:
+    secret = result.parent / "secret"
+    secret.write_text("secret")
+    (result / "notes.txt").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"notes\.txt: is a link to"):
+        dsv3_tools.push(result, REPO)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("what", ["push", "run"])
+def test_stopping_during_a_slow_upload(hub: FakeHub, source: Path, result: Path, what: str) -> None:
+    stop, threads = Stop(), set(threading.enumerate())
+    hub.rate = 50e3
+    threading.Timer(1.5, lambda: stop.set(signal.SIGTERM)).start()
+    began = time.monotonic()
+    acts: dict[str, Callable[[], object]] = {
+        "push": lambda: dsv3_tools.push(result, REPO, stop=stop),
+        "run": lambda: convert(source, result.with_name("new"), stop=stop),
+    }
+    with pytest.raises(Interrupted):
+        acts[what]()
+    assert time.monotonic() - began < 10
+    hub.rate = None  # what was left to itself ends before the next test
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(20)
+
+
+def test_two_branches(result: Path) -> None:
+    with pytest.raises(UsageError, match="are two branches"):
+        dsv3_tools.push(result, f"{REPO}@one", revision="two")
+
+
+def test_integrity_on_the_hub(hub: FakeHub, result: Path) -> None:
+    dsv3_tools.push(result, REPO)
+    hub.forget()
+    report = dsv3_tools.verify_integrity(REPO)
+    assert (report.passed, report.hashes_from) == (True, "manifest")
+    assert not [seen for seen in hub.requests if seen.path.startswith("/cdn/") and seen.range is None]
+    shard = "model-00002-of-000012.safetensors"
+    changed = bytearray((result / shard).read_bytes())
+    changed[-1] ^= 1
+    hub.repo(REPO).commit({shard: bytes(changed), "tokenizer.json": b"[]"}, message="changed")
+    problems = dsv3_tools.verify_integrity(REPO).problems
+    assert [problem.partition(":")[0] for problem in problems] == [shard, "tokenizer.json"]
 
 
 def in_child(act: Callable[[], object], kill_after: float) -> int:

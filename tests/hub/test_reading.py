@@ -139,7 +139,7 @@ def test_offline_without_a_cache(hub: FakeHub, commit: str, monkeypatch: pytest.
 
 
 def test_no_such_model(hub: FakeHub) -> None:
-    with pytest.raises(CheckpointError, match=r"hf://org/none@main: neither a directory here nor a model"):
+    with pytest.raises(CheckpointError, match=r"hf://org/none@main: the Hub has no such model"):
         dsv3_tools.Checkpoint("org/none")
     hub.add_repo("org/empty", {"NOTES": b""})
     with pytest.raises(CheckpointError, match=r"config\.json: there is no such file on the Hub"):
@@ -152,7 +152,7 @@ def test_gated_and_private(hub: FakeHub, fp8_checkpoint: Path, monkeypatch: pyte
     hub.add_repo("org/private", files, private=True)
     with pytest.raises(NetworkError, match="is gated: ask for access"):
         dsv3_tools.Checkpoint("org/gated")
-    with pytest.raises(CheckpointError, match="that this user may see"):
+    with pytest.raises(CheckpointError, match="shows it to others only"):
         dsv3_tools.Checkpoint("org/private")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     dsv3_tools.Checkpoint("org/private").close()
