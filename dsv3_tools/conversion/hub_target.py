@@ -265,7 +265,7 @@ def unless_stopped(act: Callable[[], T], check: Callable[[], None]) -> T:
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name="dsv3 on the Hub", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_SECONDS)

@@ -77,7 +77,7 @@ class Uploader:
         self._changed = threading.Condition()
         self._ending = self._closed = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._upload_all, daemon=True)
+        self._thread = threading.Thread(target=self._upload_all, name="dsv3 uploads", daemon=True)
 
     def begin(self, own: Mapping[str, str | None], *, overwrite: bool) -> dict[str, str]:
         """Makes the model if need be; returns the SHA-256 of those shards that are there, by name.
