@@ -17,7 +17,7 @@ from dsv3_tools.kernels.cpu_errors import Coded
 from dsv3_tools.kernels.cpu_files import fill, rows_at
 from dsv3_tools.kernels.cpu_lanes import E4M3_UNIT, MAX_E4M3_SCALE, differences_of_64
 from dsv3_tools.kernels.jit import cached, compiled
-from dsv3_tools.kernels.nonfinite import SMALLEST_NONFINITE
+from dsv3_tools.kernels.nonfinite import SMALLEST_NONFINITE, largest_magnitude
 
 __all__ = ["are_equal_weights", "equal_nbytes", "first_difference"]
 
@@ -86,17 +86,10 @@ def _first_difference(a: Any, b: Any) -> Any:
     return -1
 
 
-@compiled
-def _are_finite(elements: Any, infinity: Any) -> Any:
-    largest = type(infinity)(0)
-    for j in range(elements.size):
-        largest = max(largest, type(infinity)(elements[j] << 1))
-    return largest < type(infinity)(infinity << 1)
-
-
 @cached
 def _equal_nbytes(places: Any, ours: Any, theirs: Any, elements: Any, nbytes: int, infinity: Any) -> Any:
     """See `equal_nbytes`; `elements` are `theirs`, and an `infinity` of 0 is for those that are finite."""
+    limit = type(infinity)(infinity << 1)
     for start in range(0, nbytes, 8 * ours.size):
         count = min(nbytes - start, 8 * ours.size)
         words = -(-count // 8)
@@ -105,7 +98,7 @@ def _equal_nbytes(places: Any, ours: Any, theirs: Any, elements: Any, nbytes: in
             return start
         if _differ(ours[:words], theirs[:words]):
             return start
-        if infinity > 0 and not _are_finite(elements[: count // elements.itemsize], infinity):
+        if infinity > 0 and largest_magnitude(elements[: count // elements.itemsize], infinity) >= limit:
             return start
     return nbytes
 

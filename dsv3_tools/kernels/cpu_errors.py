@@ -418,6 +418,28 @@ def _add_block_row(original: Any, segment: int, sums: Any, found: Any) -> Any:
     return finite
 
 
+@compiled
+def _next(row: int, size: int) -> Any:
+    """Returns the first row of the next block of `size` rows."""
+    return (row // size + 1) * size
+
+
+@compiled
+def _add_found(
+    found: Any, first_row: int, same: Any, signal: Any, error: Any, steps: Any, largest: Any, peak: Any
+) -> None:
+    """Adds the errors of some rows of blocks to those of the weight: nothing is added before all is read."""
+    for i in range(found.shape[1]):
+        for block in range(found.shape[2]):
+            here, place = found[:, i, block], (first_row + i, block)
+            same[place] += here[0]
+            signal[place] += here[1]
+            error[place] += here[2]
+            steps[place] = max(steps[place], here[3])
+            largest[place] = max(largest[place], here[4])
+            peak[place] = max(peak[place], here[5])
+
+
 @cached
 def _measure(
     ours: Any,
@@ -462,8 +484,7 @@ def _measure(
     most, begin = float32(steps.max()), 0
     while begin < rows:
         row = top + begin
-        end = min(rows, begin + at_once, (row // BLOCK + 1) * BLOCK - top)
-        end = min(end, (row // ours.block_size[0] + 1) * ours.block_size[0] - top)
+        end = min(rows, begin + at_once, _next(row, BLOCK) - top, _next(row, ours.block_size[0]) - top)
         our_read, a = rows_at(ours.values, ours.place, begin, end - begin)
         their_read, b = rows_at(theirs.values, theirs.place, begin, end - begin)
         if not (our_read and their_read and _all_finite(b.reshape(-1))):
@@ -477,13 +498,5 @@ def _measure(
             if not _add_block_row(original, segment, sums, found[:, row // BLOCK - first_block]):
                 return -1.0
             most = max(most, float32(found[3].max()))
-    for i in range(found.shape[1]):
-        for block in range(blocks):
-            here, place = found[:, i, block], (first_block + i, block)
-            same[place] += here[0]
-            signal[place] += here[1]
-            error[place] += here[2]
-            steps[place] = max(steps[place], here[3])
-            largest[place] = max(largest[place], here[4])
-            peak[place] = max(peak[place], here[5])
+    _add_found(found, first_block, same, signal, error, steps, largest, peak)
     return most

@@ -411,7 +411,7 @@ def largest_bits(_context: Any, bits: Any) -> Any:
 
 def _has_byte_tables(context: Any) -> bool:
     """Whether the processor looks up 64 bytes in a table of 128 at once."""
-    return "+avx512vbmi," in context.codegen().magic_tuple()[2]
+    return "+avx512vbmi" in context.codegen().magic_tuple()[2].split(",")
 
 
 def _bfloat16_by_table(builder: Any, codes: Any, table: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv3_tools.kernels.jit import cached, compiled
 
-__all__ = ["SMALLEST_NONFINITE", "count_nonfinite", "first_nonfinite"]
+__all__ = ["SMALLEST_NONFINITE", "count_nonfinite", "first_nonfinite", "largest_magnitude"]
 
 SMALLEST_NONFINITE: dict[str, Any] = {
     "BF16": np.uint16(0x7F80),
@@ -51,7 +51,8 @@ def _elements(data: np.ndarray[Any, np.dtype[np.uint8]], threshold: Any) -> np.n
 
 
 @compiled
-def _largest_magnitude(bits: Any, infinity: Any) -> Any:
+def largest_magnitude(bits: Any, infinity: Any) -> Any:
+    """Returns the largest of `bits` without their signs, shifted left by one; as wide as `infinity`."""
     # Shifting the sign out, rather than masking it, needs no constant for each width; the order is
     # the same. `type(infinity)(...)` undoes numba's widening to 64 bits, which would cost the vectors.
     largest = type(infinity)(0)
@@ -66,7 +67,7 @@ def _count(bits: Any, infinity: Any) -> Any:
     count = 0
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        if _largest_magnitude(chunk, infinity) >= shifted:
+        if largest_magnitude(chunk, infinity) >= shifted:
             for j in range(chunk.size):
                 count += type(infinity)(chunk[j] << 1) >= shifted
     return count
@@ -77,7 +78,7 @@ def _first(bits: Any, infinity: Any) -> Any:
     shifted = type(infinity)(infinity << 1)
     for start in range(0, bits.size, _CHUNK):
         chunk = bits[start : start + _CHUNK]
-        if _largest_magnitude(chunk, infinity) >= shifted:
+        if largest_magnitude(chunk, infinity) >= shifted:
             for j in range(chunk.size):
                 if type(infinity)(chunk[j] << 1) >= shifted:
                     return start + j

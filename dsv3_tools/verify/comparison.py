@@ -228,22 +228,25 @@ class _Measurement:
         )
         return f"at [{index}] is {float(found):.6g}, the reference has {float(expected):.6g}"
 
+    def _difference(self, found: TensorResult) -> str | None:
+        """Returns what is wrong with elements that should be equal."""
+        differing = found.num_elements - found.num_equal
+        if not differing:
+            return None
+        return (
+            f"{differing:,} of {found.num_elements:,} elements differ: the first {self._first}; expected "
+            f"equal ones ({self._expected.reason})"
+        )
+
     def _problem(self, found: TensorResult) -> str | None:
+        """Returns what is wrong with the weight, the worst first; None if nothing is."""
         expected = self._expected
         if self._nonfinite:
             return f"{self._nonfinite:,} elements are not finite on one side or both: {self._first_nonfinite}"
         if self._bad_scales and expected.nearest:
             return "has scales that are 0 or not finite"
         if expected.lossy is None:
-            differing = found.num_elements - found.num_equal
-            return (
-                (
-                    f"{differing:,} of {found.num_elements:,} elements differ: the first {self._first}; "
-                    f"expected equal ones ({expected.reason})"
-                )
-                if differing
-                else None
-            )
+            return self._difference(found)
         assert expected.min_snr is not None
         if found.snr is not None and not found.snr >= expected.min_snr:
             return (
