@@ -194,7 +194,7 @@ def _compare_settings(ours: Checkpoint, theirs: Checkpoint) -> tuple[str, ...]:
     return tuple(
         f"{CONFIG_NAME}: {name} is {theirs_value}, the reference has {ours_value}"
         for name, ours_value, theirs_value in _differing(one, other)
-        if name != "dims"
+        if not name.startswith("dims.")
     )
 
 
@@ -205,9 +205,14 @@ _MAY_DIFFER = {"model_type", "num_nextn_predict_layers", "tie_word_embeddings"}
 def _differing(one: object, other: object) -> Iterator[tuple[str, Any, Any]]:
     """Yields the fields in which two dataclasses differ, with both values."""
     for field in dataclasses.fields(one):  # type: ignore[arg-type]
-        values = getattr(one, field.name), getattr(other, field.name)
-        if values[0] != values[1]:
-            yield field.name, *values
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        if ours == theirs:
+            continue
+        if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+            for name, *values in _differing(ours, theirs):
+                yield f"{field.name}.{name}", *values
+        else:
+            yield field.name, ours, theirs
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Format]:

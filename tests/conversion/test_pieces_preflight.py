@@ -25,7 +25,7 @@ TO_BF16 = Dense()
 class Memory:
     """What a preflight needs of a checkpoint."""
 
-    directory = Path("here")
+    source = Path("here")
 
     def __init__(self, fmt: Format, parts: dict[str, Tensor]) -> None:
         self.specs: dict[str, TensorSpec] = {f"w.{part}": spec for part, spec in fmt.parts(SHAPE).items()}
