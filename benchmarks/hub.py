@@ -3,7 +3,7 @@
     python benchmarks/hub.py                     loopback as fast as it goes, and at 300 MB/s; 3 rounds each
     python benchmarks/hub.py --rates 1000 100    at 1 GB/s and at 100 MB/s
 
-One MoE layer of DeepSeek-V3's shapes with random FP8 weights in 12 shards, served by the hub of the tests in
+One MoE layer of DeepSeek-V3's shapes with random FP8 weights in 40 shards, served by the hub of the tests in
 a process of its own, without Xet. Both sides are commands in new processes with empty caches, take turns, and
 write to the same disk: `dsv3 convert fp8-to-bf16 hf://org/model OUT` against `hf download org/model` and then
 `dsv3 convert fp8-to-bf16 DIR OUT`. Medians, and the median of the ratios. The most bytes of source shards
@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where everything is written")
     parser.add_argument("--experts", type=int, default=48, help="of 44 million parameters each")
-    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--shards", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="*", default=[0, 300], help="MB/s; 0 is no limit")
     arguments = parser.parse_args()

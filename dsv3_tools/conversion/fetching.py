@@ -21,7 +21,7 @@ __all__ = ["PREFETCH", "Fetcher", "SourceShard", "absent_shards", "fetch_for", "
 PREFETCH = 2
 """Outputs beyond the workers' own for which shards are fetched."""
 
-_DOWNLOADS = 4
+_DOWNLOADS = 3
 """Shards fetched at once: one connection to the Hub rarely has all the bandwidth."""
 
 _POLL_SECONDS = 0.2
