@@ -47,9 +47,7 @@ def resolve_devices(device: str, ranks: Ranks) -> list[str]:
         return ["cpu"]
     chosen = [int(n) for n in numbered[1].split(",")] if numbered and numbered[1] else list(range(count))
     if not chosen or max(chosen) >= count:
-        raise UsageError(
-            f"--device {device}: this machine has {count} usable GPUs; --device cpu needs none"
-        )
+        raise UsageError(f"--device {device}: this machine has {count} usable GPUs; --device cpu needs none")
     if ranks.world_size > 1:
         chosen = [chosen[ranks.local_rank % len(chosen)]]
     return [f"cuda:{number}" for number in chosen]
