@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Container
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ __all__ = ["HubFiles", "open_hub"]
 
 _FIRST_NBYTES = 100_000
 """Bytes of a shard that are asked for at first: a released shard's header has 77,000."""
+
+_HEADER_ATTEMPTS = 3
 
 _HASH_NBYTES = 4 << 20
 
@@ -124,12 +127,10 @@ class HubFiles:
         cached = self._cached(shard)
         if cached is not None:
             return replace(read_shard_header(cached.parent, cached.name), mtime_ns=0, ctime_ns=0)
-        try:
-            found = self._ask_for_header(shard, nbytes, where)
-        except HeaderError:  # damaged on the way, perhaps: parts of a file have no hash
-            found = self._ask_for_header(shard, nbytes, where)
-        self._headers[shard] = found.header_sha256
-        return found
+        for _ in range(_HEADER_ATTEMPTS - 1):
+            with suppress(HeaderError):  # damaged on the way, perhaps: parts of a file have no hash
+                return self._ask_for_header(shard, nbytes, where)
+        return self._ask_for_header(shard, nbytes, where)
 
     def stated_sha256(self) -> dict[str, str]:
         """Returns the SHA-256 of the large files, by name."""
@@ -190,8 +191,9 @@ class HubFiles:
         length = header_nbytes(start, nbytes, where)
         if len(start) < 8 + length:
             start += self.read_range(shard, len(start), 8 + length - len(start))
-        digest = hashlib.sha256(start[: 8 + length]).hexdigest()
-        return ShardFile(shard, parse_header(start[8 : 8 + length], nbytes, where), nbytes, 0, 0, digest)
+        header = parse_header(start[8 : 8 + length], nbytes, where)
+        self._headers[shard] = hashlib.sha256(start[: 8 + length]).hexdigest()
+        return ShardFile(shard, header, nbytes, 0, 0, self._headers[shard])
 
     def _check_header(self, shard: str, path: Path) -> None:
         """Refuses a shard whose header is another one than came before by itself."""

@@ -45,10 +45,10 @@ def patiently(request: Callable[[], T], what: str, *, check: Callable[[], None] 
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
-        except Exception as error:  # noqa: PERF203
-            origin = error if isinstance(error, Dsv3Error) else _origin(error)
-            if isinstance(origin, Dsv3Error):
-                raise
+        except Dsv3Error:  # noqa: PERF203
+            raise
+        except Exception as error:
+            origin = _origin(error)
             if attempt == ATTEMPTS or not _may_pass(origin):
                 raise translated(origin, what) from error
             _wait(_seconds_asked(origin) or 2.0 ** (attempt - 1), check)

@@ -71,4 +71,6 @@ def _print(result: PushResult, *, dry_run: bool) -> None:
     print_line(f"  {len(result.files)} files, {size(result.nbytes)}{there}")
     if result.left_out:
         print_line(f"  never uploaded: {', '.join(result.left_out)}")
-    print_line("  nothing was sent (--dry-run)" if dry_run else f"  uploaded: commit {result.commit}")
+    print_line(
+        "  nothing was sent (--dry-run)" if dry_run else f"  uploaded: {result.url}, commit {result.commit}"
+    )

@@ -79,7 +79,9 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool, hub: HubOptions) -
         removed = frozenset() if record is None else record.removed
         if _holds_result_of(plan, destination, removed if _removes_alike(hub, record) else frozenset()):
             return State.COMPLETE
-        problem = "holds the result of another run, or of this one from files that have changed since"
+        problem = _moved(plan, destination) or (
+            "holds the result of another run, or of this one from files that have changed since"
+        )
         if record is not None and removed:
             problem = f"holds what was left of a result that went to {record.repo}"
     else:
@@ -195,6 +197,20 @@ def _holds_result_of(plan: Plan, destination: Path, removed: Container[str]) -> 
         return bool(manifest["plan_digest"] == plan.digest and complete and sizes_agree)
     except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _moved(plan: Plan, destination: Path) -> str | None:
+    """Returns what to say of a result of an earlier commit of the same branch."""
+    try:
+        before: Mapping[str, Mapping[str, str]] = read_manifest(destination).get("repositories", {})
+    except CheckpointError:
+        return None
+    for origin, repo in plan.repositories.items():
+        earlier = before.get(origin, {})
+        same = (earlier.get("repo"), earlier.get("revision")) == (repo.name, repo.revision)
+        if same and earlier.get("commit") != repo.commit:
+            return f"holds the result of {repo.name} at commit {earlier.get('commit')}, {repo} is newer"
+    return None
 
 
 def _removes_alike(hub: HubOptions, record: PushRecord | None) -> bool:

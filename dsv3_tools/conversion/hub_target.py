@@ -23,6 +23,7 @@ __all__ = ["HubTarget", "PushTarget", "as_target", "unless_stopped"]
 T = TypeVar("T")
 
 _MAIN = "main"
+_PULL_REQUEST = "refs/pr/"
 _POLL_SECONDS = 0.2
 
 LAST_MESSAGE = "config, index and card, which make it a model"
@@ -110,6 +111,14 @@ class HubTarget:
         self._ask(lambda: self._api.create_repo(self._name, private=private, exist_ok=True))
         if branch != _MAIN:
             self._ask(lambda: self._api.create_branch(self._name, branch=branch, exist_ok=True))
+
+    @property
+    def url(self) -> str:
+        """The page of the model, or of the pull request."""
+        place = f"{self._api.endpoint}/{self._name}"
+        if self.revision is not None and self.revision.startswith(_PULL_REQUEST):
+            return f"{place}/discussions/{self.revision.removeprefix(_PULL_REQUEST)}"
+        return place if self.revision in (None, _MAIN) else f"{place}/tree/{self.revision}"
 
     def files(self) -> dict[str, str | None]:
         """Returns the files that are there now: for a large one its SHA-256."""

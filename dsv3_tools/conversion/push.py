@@ -42,6 +42,7 @@ class PushResult:
         repo: the model on the Hub.
         revision: the branch or pull request.
         commit: the last commit; empty when nothing was uploaded.
+        url: the page of the model, or of the pull request.
         files: sizes by name, those of the last commit at the end.
         nbytes: of all files.
         nbytes_there: of those that the Hub had already, as far as the manifest tells.
@@ -52,6 +53,7 @@ class PushResult:
     repo: str
     revision: str
     commit: str
+    url: str
     files: Mapping[str, int]
     nbytes: int
     nbytes_there: int
@@ -112,6 +114,7 @@ def push(
         repo=target.repo.name,
         revision=hub.revision or "a new pull request",
         commit=commit,
+        url=hub.url,
         files=sizes,
         nbytes=sum(sizes.values()),
         nbytes_there=sum(sizes[name] for name in same),

@@ -48,12 +48,12 @@ def test_a_dry_run_says_what_comes(dsv3: Run, model: str, hub: FakeHub, tmp_path
     assert 0 < json.loads(planned)["nbytes_staged"] <= json.loads(planned)["nbytes_to_fetch"]
 
 
-def test_there_and_back(dsv3: Run, model: str, tmp_path: Path) -> None:
+def test_there_and_back(dsv3: Run, model: str, hub: FakeHub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert dsv3("convert", "fp8-to-bf16", model, out).code == 0
     pushed = dsv3("push", out, "me/out")
     assert (pushed.code, pushed.err) == (0, "")
-    assert "uploaded: commit " in pushed.out
+    assert f"uploaded: {hub.url}/me/out, commit " in pushed.out
     again = json.loads(dsv3("push", out, "me/out", "--json").out)
     assert again["nbytes_there"] > 0.9 * again["nbytes"]
     assert "README.md" in again["files"]

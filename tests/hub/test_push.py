@@ -133,6 +133,7 @@ def test_a_pull_request_is_gone_on_with(hub: FakeHub, result: Path) -> None:
     hub.add_repo(REPO, {"NOTES": b"theirs"})
     done = dsv3_tools.push(result, REPO, create_pr=True)
     assert done.revision == "refs/pr/1"
+    assert done.url == f"{hub.url}/{REPO}/discussions/1"
     assert dsv3_tools.push(result, REPO, create_pr=True).revision == "refs/pr/1"
     assert {name: data for name, data in on_hub(hub, "refs/pr/1").items() if name != "NOTES"} == files(result)
     assert on_hub(hub).keys() == {"NOTES"}

@@ -331,7 +331,7 @@ def test_faults_that_pass(
 ) -> None:
     with dsv3_tools.Checkpoint(REPO):
         pass  # headers are read before
-    hub.faults = [Rule(fault, method="GET", path="/cdn/*", times=3)]
+    hub.faults = [Rule(fault, method="GET", path="/cdn/*", times=2)]
     convert(tmp_path / "out")
     assert snapshot(tmp_path / "out") == expected
 
@@ -455,6 +455,17 @@ def test_a_branch_that_moves_between_two_runs(
     with pytest.raises(Dsv3Error):
         convert(tmp_path / "fresh")
     assert moved != model
+
+
+def test_a_finished_result_of_an_earlier_commit(
+    hub: FakeHub, model: str, source: Path, tmp_path: Path
+) -> None:
+    convert(tmp_path / "out")
+    newer = hub.repo(REPO).commit({"tokenizer.json": b"[]"}, message="newer")
+    with pytest.raises(DestinationError, match=rf"{REPO} at commit {model}, hf://{REPO}@{newer} is newer"):
+        convert(tmp_path / "out")
+    convert(tmp_path / "out", overwrite=True)
+    assert convert(tmp_path / "out").already_complete
 
 
 def test_stopping_during_a_slow_download(hub: FakeHub, model: str, tmp_path: Path) -> None:
