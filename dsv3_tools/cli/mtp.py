@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from dsv3_tools.checkpoint.source import Source
-from dsv3_tools.cli.options import directory_argument, run_options, shared_option, source_argument
+from dsv3_tools.cli.options import DIRECTORY, directory_argument, run_options, shared_option, source_argument
 from dsv3_tools.cli.run import execute, execute_together
 from dsv3_tools.conversion.api_mtp import open_merge_mtp, open_split_mtp
 from dsv3_tools.conversion.mtp_merge import MTP
@@ -21,11 +21,11 @@ __all__ = ["merge_mtp", "split_mtp"]
 @source_argument("source")
 @click.option(
     "--main",
-    type=click.Path(path_type=Path),
+    type=DIRECTORY,
     metavar="DIR",
     help="Where the model without its MTP module goes.",
 )
-@click.option("--mtp", type=click.Path(path_type=Path), metavar="DIR", help="Where the MTP module goes.")
+@click.option("--mtp", type=DIRECTORY, metavar="DIR", help="Where the MTP module goes.")
 @click.option(
     "--layout",
     type=click.Choice(["native", "sglang-nextn"]),

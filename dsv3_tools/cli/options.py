@@ -15,6 +15,7 @@ from dsv3_tools.checkpoint.source import Source, parse_source
 from dsv3_tools.conversion.hub_target import PushTarget
 
 __all__ = [
+    "DIRECTORY",
     "SIZE",
     "SOURCE",
     "TARGET",
@@ -59,9 +60,12 @@ class _Directory(click.Path):
         return super().convert(value, param, ctx)
 
 
+DIRECTORY = _Directory(path_type=Path)
+
+
 def directory_argument(name: str) -> Callable[[F], F]:
     """A directory; whether it is right is for the command to say."""
-    return click.argument(name, type=_Directory(path_type=Path))
+    return click.argument(name, type=DIRECTORY)
 
 
 class _Source(click.ParamType):  # type: ignore[type-arg]

@@ -77,7 +77,8 @@ def survey(plan: Plan, destination: Path, *, overwrite: bool, hub: HubOptions) -
     elif MANIFEST_NAME in others:
         record = read_push_record(destination)
         removed = frozenset() if record is None else record.removed
-        if _holds_result_of(plan, destination, removed if _removes_alike(hub, record) else frozenset()):
+        goes_on = _removes_alike(hub, record) and not overwrite
+        if _holds_result_of(plan, destination, removed if goes_on else frozenset()):
             return State.COMPLETE
         problem = _moved(plan, destination) or (
             "holds the result of another run, or of this one from files that have changed since"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dsv3_tools.checkpoint.hub_requests import patiently
 from dsv3_tools.checkpoint.index import INDEX_NAME
 from dsv3_tools.checkpoint.source import HubRepo, parse_source
-from dsv3_tools.errors import CheckpointError, DestinationError, UsageError
+from dsv3_tools.errors import CheckpointError, DestinationError, NetworkError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -89,8 +89,10 @@ class HubTarget:
     """
 
     def __init__(self, target: PushTarget, title: str, check: Callable[[], None] = lambda: None) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
+        if constants.HF_HUB_OFFLINE:
+            raise NetworkError(f"{target.repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded")
         self.target = target
         self.revision: str | None = None if target.create_pr else target.repo.revision
         self._title = title
@@ -173,11 +175,13 @@ class HubTarget:
         """
         weights = [name for name in there if name.endswith(".safetensors")]
         foreign = sorted(name for name in weights if name not in own)
-        other = INDEX_NAME in there and any(there[name] != own[name] for name in weights if name in own)
+        other = [name for name in sorted(weights) if name in own and there[name] != own[name]]
+        other = other if INDEX_NAME in there else []
         if not foreign and not other:
             return
         if not overwrite:
-            what = f"has {foreign[0]}, which is no part of this result" if foreign else "holds another model"
+            what = f"has {foreign[0]}, which is no part of this result" if foreign else ""
+            what = what or f"holds another model, or this one damaged or of another run ({other[0]})"
             raise DestinationError(
                 f"{self.target.repo}: {what}; push to another model or branch, or --overwrite it"
             )

@@ -15,6 +15,7 @@ from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.push import push, with_card_there
 from dsv3_tools.conversion.push_record import PushRecord, read_push_record
 from dsv3_tools.conversion.uploading import Uploader
+from dsv3_tools.errors import DestinationError
 
 __all__ = ["publish", "publish_again", "title_of"]
 
@@ -42,11 +43,7 @@ def publish(
     paths = {name: directory / name for name in small if (directory / name).exists()}
     commit = uploader.finish(with_card_there(uploader.hub, paths), shards)
     there = HubRepo(uploader.hub.target.repo.name, str(uploader.hub.revision), commit)
-    removed = () if options.hub.keep_output else (*shards, *([plan.index_name] if plan.index_name else []))
-    PushRecord(there, frozenset(removed)).write(directory)
-    with destination_errors(directory, "removing what was uploaded"):
-        for name in removed:
-            (directory / name).unlink(missing_ok=True)
+    _settle(plan, directory, shards, there, options)
     return str(there)
 
 
@@ -56,20 +53,37 @@ def publish_again(
     """Uploads a result that is here already, unless it is there; returns as `publish`.
 
     Raises:
-        CheckpointError: its shards are neither here nor there.
-        DestinationError: another model is there.
+        DestinationError: another model is there, or the shards are neither here nor there.
         NetworkError: uploading failed.
     """
     target, record = uploader.hub.target, read_push_record(directory)
-    place = target.repo.name, target.repo.revision
+    place, shards = (target.repo.name, target.repo.revision), _shards(plan, manifest)
     if record is not None and record.is_at(*place, create_pr=target.create_pr):
         uploader.hub.revision = record.repo.revision
-        if uploader.hub.has(_shards(plan, manifest)):
+        if uploader.hub.has(shards):
+            _settle(plan, directory, shards, record.repo, options)
             return str(record.repo)
+    if record is not None and record.removed:
+        raise DestinationError(
+            f"{directory}: its shards were removed here, and {record.repo} has them no more; --overwrite "
+            "makes them again"
+        )
     done = push(directory, target, overwrite=options.overwrite, stop=options.stop)
     there = HubRepo(target.repo.name, done.revision, done.commit)
-    PushRecord(there, frozenset()).write(directory)
+    _settle(plan, directory, shards, there, options)
     return str(there)
+
+
+def _settle(
+    plan: Plan, directory: Path, shards: Mapping[str, str], there: HubRepo, options: RunOptions
+) -> None:
+    """Writes down where a result is; without `keep_output` its shards go, and the index with them."""
+    index = [plan.index_name] if plan.index_name is not None else []
+    removed = () if options.hub.keep_output else (*shards, *index)
+    PushRecord(there, frozenset(removed)).write(directory)
+    with destination_errors(directory, "removing what was uploaded"):
+        for name in reversed(removed):  # the index first
+            (directory / name).unlink(missing_ok=True)
 
 
 def _shards(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, str]:

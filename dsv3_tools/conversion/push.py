@@ -103,7 +103,7 @@ def push(
     hub = HubTarget(target, f"dsv3 push {_label(hashes, sizes)}", check)
     if not dry_run:
         hub.prepare()
-    there = {} if hub.revision is None else hub.files_if_any()
+    there = hub.files_if_any()
     own = _shards(folder, sizes, hashes, there)
     if not (overwrite and dry_run):
         hub.make_way(there, own, overwrite=overwrite)
@@ -126,9 +126,10 @@ def with_card_there(hub: HubTarget, paths: Mapping[str, Path]) -> dict[str, Path
     """Returns the files of a last commit: the card with what its user has written in the one on the Hub."""
     found: dict[str, Path | bytes] = dict(paths)
     there = hub.read_if_any(CARD_NAME) if CARD_NAME in paths else None
-    if there is not None:
-        found[CARD_NAME] = with_text_of(there, paths[CARD_NAME].read_bytes())
-    return found
+    if there is None:
+        return found
+    found[CARD_NAME] = with_text_of(there, paths[CARD_NAME].read_bytes())
+    return {name: content for name, content in found.items() if content != there}
 
 
 def _upload(hub: HubTarget, folder: Path, sizes: Mapping[str, int], hashes: Mapping[str, str]) -> str:

@@ -91,7 +91,7 @@ class Uploader:
             NetworkError: the Hub cannot be reached, or refuses.
         """
         self.hub.prepare()
-        there = {} if self.hub.revision is None else self.hub.files()
+        there = self.hub.files_if_any()
         self.hub.make_way(there, own, overwrite=overwrite)
         self._done = {name: sha256 for name, sha256 in there.items() if sha256 and own.get(name) == sha256}
         return dict(self._done)

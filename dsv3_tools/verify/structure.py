@@ -119,7 +119,8 @@ def verify_structure(
             problems += [text for task, texts in found for text in texts if task.copy is None]
             notes += [text for task, texts in found for text in texts if task.copy is not None]
         nbytes = sum(task.nbytes for task in tasks)
-        return StructureReport(folder, data, len(checkpoint.specs), nbytes, tuple(problems), tuple(notes))
+        place = checkpoint.source
+        return StructureReport(place, data, len(checkpoint.specs), nbytes, tuple(problems), tuple(notes))
 
 
 def _tasks(checkpoint: Checkpoint, weights: Sequence[StoredWeight]) -> Iterator[_Task]:

@@ -86,6 +86,7 @@ def test_nothing_is_left_here(dsv3: Run, model: str, tmp_path: Path) -> None:
         (("inspect", "hf://small"), 2, "is no model on the Hub"),
         (("inspect", "org/a--b"), 2, "no name that a model on the Hub can have"),
         (("convert", "fp8-to-bf16", "org/small", "hf://me/out"), 2, "is on the Hub, expected a directory"),
+        (("split-mtp", "org/small", "--main", "hf://me/out"), 2, "is on the Hub, expected a directory"),
         (("convert", "fp8-to-bf16", "org/small", "OUT", "--no-keep-output"), 2, "asks for --push"),
         (("convert", "fp8-to-bf16", "org/small", "OUT", "--push", "out"), 2, "is no model on the Hub"),
         (("convert", "fp8-to-bf16", "org/small", "OUT", "--push", "org/small"), 5, "holds another model"),

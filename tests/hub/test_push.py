@@ -428,6 +428,43 @@ def test_a_users_text_on_the_hub_stays(hub: FakeHub, result: Path) -> None:
     assert on_hub(hub)["README.md"].decode() == edited
 
 
+def test_what_is_neither_here_nor_there(hub: FakeHub, source: Path, made: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", keep_output=False)
+    names = [name for name in on_hub(hub) if name.endswith(".safetensors")]
+    hub.repo(REPO).commit({}, deleted=[*names, INDEX], message="gone")
+    with pytest.raises(DestinationError, match="has them no more; --overwrite makes them again"):
+        convert(source, tmp_path / "out", keep_output=False)
+    convert(source, tmp_path / "out", keep_output=False, overwrite=True)
+    assert on_hub(hub) == files(made)
+
+
+def test_a_finished_result_leaves_when_asked_later(
+    hub: FakeHub, source: Path, made: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "out", push=None)
+    convert(source, tmp_path / "out", keep_output=False)
+    assert on_hub(hub) == files(made)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_a_pull_request_never_mixes_models(hub: FakeHub, source: Path, made: Path, result: Path) -> None:
+    hub.add_repo(REPO, {path.name: path for path in source.iterdir()})
+    with pytest.raises(DestinationError, match="holds another model"):
+        dsv3_tools.push(result, REPO, create_pr=True)
+    dsv3_tools.push(result, REPO, create_pr=True, overwrite=True)
+    assert on_hub(hub, "refs/pr/1") == files(made)
+    with_index = [INDEX in commit.tree for commit in hub.repo(REPO).history("refs/pr/1")]
+    assert with_index == [True, *[False] * (len(with_index) - 2), True]
+
+
+def test_offline(result: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE is set, so nothing can be uploaded"):
+        dsv3_tools.push(result, REPO)
+    assert not waits
+
+
 def test_links_out_of_the_directory_are_refused(hub: FakeHub, result: Path) -> None:
     secret = result.parent / "secret"
     secret.write_text("secret")
