@@ -67,11 +67,8 @@ class Files(Protocol):
     def stated_sha256(self) -> dict[str, str]:
         """Returns the SHA-256 of large files as whoever keeps them states it, by name."""
 
-    def is_here(self, shard: str) -> bool:
-        """Whether the whole shard is on a disk of this machine."""
-
     def is_kept(self, shard: str) -> bool:
-        """Whether it is, and will stay there."""
+        """Whether the whole shard is on a disk of this machine, and will stay there."""
 
     def path(self, shard: str) -> Path:
         """Returns where the whole shard is on disk; it is fetched first if it is not here."""
@@ -144,12 +141,10 @@ class LocalFiles:
         """Returns nothing: nobody states a hash here."""
         return {}
 
-    def is_here(self, shard: str) -> bool:
-        """Whether the shard is on disk, which it is."""
+    def is_kept(self, shard: str) -> bool:
+        """Whether the shard is on disk to stay, which it is."""
         del shard
         return True
-
-    is_kept = is_here
 
     def path(self, shard: str) -> Path:
         """Returns the real path of a shard whose header has been read."""

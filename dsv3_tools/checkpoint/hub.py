@@ -136,13 +136,9 @@ class HubFiles:
         """Returns the SHA-256 of the large files, by name."""
         return {name: file.lfs.sha256 for name, file in self._siblings.items() if file.lfs is not None}
 
-    def is_here(self, shard: str) -> bool:
-        """Whether the whole shard is on disk: fetched, or in the Hugging Face cache."""
-        return shard in self._paths or self._cached(shard) is not None
-
     def is_kept(self, shard: str) -> bool:
-        """Whether it is, and nobody will `discard` it."""
-        return shard not in self._temporary and self.is_here(shard)
+        """Whether the whole shard is in the Hugging Face cache, where nobody will `discard` it."""
+        return shard not in self._temporary and self._cached(shard) is not None
 
     def path(self, shard: str) -> Path:
         """Returns where the shard is on disk; it is fetched into the Hugging Face cache if it is not here."""

@@ -11,38 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_tools.checkpoint.source import HubRepo
+from dsv3_tools.conversion.card_text import nbytes as size
+from dsv3_tools.conversion.card_text import printable
 
 __all__ = ["as_json", "print_error", "print_json", "print_line", "print_note", "print_table", "size"]
-
-_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-
-
-def size(nbytes: float) -> str:
-    """Returns a number of bytes with a decimal unit: 688.57 GB."""
-    for unit, factor in _UNITS:
-        if abs(nbytes) >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes:.0f} bytes"
 
 
 def print_line(text: str = "") -> None:
     """Prints a line of the result, at once: logs and pipes show the plan before the run has ended."""
-    print(_plain(text), flush=True)
+    print(printable(text), flush=True)
 
 
 def print_note(text: str) -> None:
     """Prints a line about the run, on stderr."""
-    print(_plain(text), file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def print_table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> None:
     """Prints rows in columns; numbers (anything that starts with a digit) to the right."""
     if not rows:
         return
-    widths = [max(len(_plain(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    widths = [max(len(printable(cell)) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
-            _plain(cell).rjust(width) if cell[:1].isdigit() else _plain(cell).ljust(width)
+            printable(cell).rjust(width) if cell[:1].isdigit() else printable(cell).ljust(width)
             for cell, width in zip(row, widths, strict=True)
         ]
         print((indent + "  ".join(cells)).rstrip(), flush=True)
@@ -55,7 +47,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def print_error(message: str, code: int, *, as_json: bool, kind: str = "Interrupted") -> None:
     """Prints an error as one line on stderr, and as the JSON document of a `--json` run."""
-    line = _plain(message)
+    line = printable(message)
     print(f"dsv3: {line}", file=sys.stderr)
     if as_json:
         print_json({"error": {"kind": kind, "message": line}, "exit_code": code})
@@ -74,8 +66,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _plain(text: str) -> str:
-    """Returns `text` with control characters escaped: names come from files that may be hostile."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from dsv3_tools.errors import (
     UsageError,
 )
 from tests.conftest import SMALL
+from tests.hub.children import in_child
 from tests.hub.faults import Fault, Rule
 from tests.hub.server import TOKEN, FakeHub
 
@@ -510,25 +509,6 @@ def test_integrity_on_the_hub(hub: FakeHub, result: Path) -> None:
     hub.repo(REPO).commit({shard: bytes(changed), "tokenizer.json": b"[]"}, message="changed")
     problems = dsv3_tools.verify_integrity(REPO).problems
     assert [problem.partition(":")[0] for problem in problems] == [shard, "tokenizer.json"]
-
-
-def in_child(act: Callable[[], object], kill_after: float) -> int:
-    """Runs `act` in a forked child that gets SIGKILL; returns 0 or minus the signal."""
-    from huggingface_hub.utils import _http
-
-    _http.close_session()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the hub's threads stay behind
-        child = os.fork()
-    if child == 0:
-        try:
-            act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    time.sleep(kill_after)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed_often(act: Callable[[int], object], check: Callable[[int], None]) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
@@ -29,6 +28,7 @@ from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.errors import CheckpointError, DestinationError, Dsv3Error, Interrupted, NetworkError
 from tests.conftest import SMALL
+from tests.hub.children import in_child
 from tests.hub.faults import Fault, Rule
 from tests.hub.server import FakeHub
 
@@ -486,30 +486,9 @@ def test_stopping_during_a_slow_download(hub: FakeHub, model: str, tmp_path: Pat
     assert caught.value.exit_code == 128 + signal.SIGTERM
 
 
-def in_child(act: Callable[[], object], kill_after: float) -> int:
-    """Runs `act` in a forked child that gets SIGKILL; returns 0 or minus the signal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # the hub's threads stay behind, which is all right
-        child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    time.sleep(kill_after)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_killed_at_fifty_moments(
     hub: FakeHub, model: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    from huggingface_hub.utils import _http
-
     chance, out, killed = random.Random(1), tmp_path / "out", 0
     began = time.monotonic()
     convert(out)
@@ -519,7 +498,6 @@ def test_killed_at_fifty_moments(
             return
         if killed % 2 == 0:  # else once more, while it resumes
             shutil.rmtree(out, ignore_errors=True)
-        _http.close_session()
         code = in_child(lambda: convert(out), chance.uniform(0, duration))
         assert code in (0, -signal.SIGKILL)
         killed += code != 0
