@@ -34,7 +34,8 @@ from typing import Any
 
 import dsv3_tools
 from dsv3_tools.conversion.api import open_bf16_to_fp8, open_fp8_to_bf16
-from dsv3_tools.conversion.api_quantize import open_quantize_int4, open_quantize_int8
+from dsv3_tools.quantize.api_int4 import open_quantize_int4
+from dsv3_tools.quantize.api_int8 import open_quantize_int8
 
 BLOCK_NBYTES = 4 << 20
 PEERS = ("reference-loop", "compressed-tensors", "llm-compressor", "auto-round")
@@ -143,7 +144,7 @@ def ratio_of(operation: str, source: Path) -> float:
         "quantize int4": lambda: open_quantize_int4(source),
         "quantize int8": lambda: open_quantize_int8(source),
     }[operation.rpartition(" ")[0] or operation]
-    with opened() as (plan, _):
+    with opened() as (plan, *_):
         return plan.nbytes_out / plan.nbytes_in
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from dsv3_tools.conversion.api_deepseek_infer import convert_to_deepseek_infer
     from dsv3_tools.conversion.api_integer import convert_int4_to_bf16, convert_int8_to_bf16
     from dsv3_tools.conversion.api_mtp import SplitResult, merge_mtp, split_mtp
-    from dsv3_tools.conversion.api_quantize import quantize_int4, quantize_int8
     from dsv3_tools.conversion.card import CardResult, card
     from dsv3_tools.conversion.executor import RunResult
     from dsv3_tools.conversion.plan import Plan
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from dsv3_tools.conversion.ranks import Ranks
     from dsv3_tools.conversion.sample import SampleResult, sample
     from dsv3_tools.errors import Dsv3Error
+    from dsv3_tools.quantize.api_int4 import quantize_int4
+    from dsv3_tools.quantize.api_int8 import quantize_int8
     from dsv3_tools.verify.check import CheckReport, check
     from dsv3_tools.verify.inspection import Inspection, inspect
     from dsv3_tools.verify.integrity import IntegrityReport, verify_integrity
@@ -111,8 +112,8 @@ _HOMES = {
     "inspect": "dsv3_tools.verify.inspection",
     "merge_mtp": "dsv3_tools.conversion.api_mtp",
     "push": "dsv3_tools.conversion.push",
-    "quantize_int4": "dsv3_tools.conversion.api_quantize",
-    "quantize_int8": "dsv3_tools.conversion.api_quantize",
+    "quantize_int4": "dsv3_tools.quantize.api_int4",
+    "quantize_int8": "dsv3_tools.quantize.api_int8",
     "sample": "dsv3_tools.conversion.sample",
     "split_mtp": "dsv3_tools.conversion.api_mtp",
     "verify_integrity": "dsv3_tools.verify.integrity",

@@ -19,6 +19,7 @@ __all__ = [
     "SIZE",
     "SOURCE",
     "TARGET",
+    "calibration_options",
     "debug_option",
     "directory_argument",
     "fixed_shards_options",
@@ -136,6 +137,59 @@ def selecting_options(function: F) -> F:
             default="quantize",
             show_default=True,
             help="Quantize the MTP module like the rest, keep it unquantized, or leave it out.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def calibration_options(function: F) -> F:
+    """Adds the options of calibrated quantization."""
+    options = [
+        click.option(
+            "--method",
+            type=click.Choice(["rtn", "rtn-weighted", "gptq"]),
+            default="rtn",
+            show_default=True,
+            help="Round to the nearest code; or run the model to see which errors matter: choose scales by "
+            "that, or make up for errors as well.",
+        ),
+        click.option(
+            "--calibration",
+            type=click.Path(dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Text (.txt, .jsonl) or token ids (.npy, .safetensors).  [default: a short text]",
+        ),
+        click.option(
+            "--length", type=click.IntRange(min=2), help="Tokens of a sequence.  [default: up to 2048]"
+        ),
+        click.option(
+            "--max-tokens", type=click.IntRange(min=4), help="Tokens of all sequences.  [default: all]"
+        ),
+        click.option(
+            "--damping",
+            type=float,
+            default=0.01,
+            show_default=True,
+            help="Added to a Hessian's diagonal, as a part of its mean.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["F32", "BF16"]),
+            help="Arithmetic of the forward pass.  [default: BF16 on GPUs, F32 on a CPU]",
+        ),
+        click.option(
+            "--memory",
+            type=SIZE,
+            help="What hidden states may take in memory, else a file.  [default: a part of what is free]",
+        ),
+        click.option(
+            "--save-every",
+            type=click.IntRange(min=1),
+            default=4,
+            show_default=True,
+            help="Layers after which an interrupted run can go on.",
         ),
     ]
     for option in reversed(options):

@@ -8,10 +8,19 @@ from typing import Any
 import rich_click as click
 
 from dsv3_tools.checkpoint.source import Source
-from dsv3_tools.cli.options import directory_argument, run_options, selecting_options, source_argument
+from dsv3_tools.cli.options import (
+    calibration_options,
+    directory_argument,
+    run_options,
+    selecting_options,
+    source_argument,
+)
 from dsv3_tools.cli.run import execute
-from dsv3_tools.conversion.api_quantize import open_quantize_int4, open_quantize_int8
 from dsv3_tools.conversion.pinning import pinned
+from dsv3_tools.conversion.ranks import Ranks
+from dsv3_tools.quantize.api_int4 import open_quantize_int4
+from dsv3_tools.quantize.api_int8 import open_quantize_int8
+from dsv3_tools.quantize.options import calibrating_of
 
 __all__ = ["int4", "int8"]
 
@@ -27,6 +36,7 @@ __all__ = ["int4", "int8"]
     help="A scale for each row (vLLM, SGLang, Ascend) or for each 128 x 128 block (SGLang).",
 )
 @selecting_options
+@calibration_options
 @run_options
 def int8(
     source: Source,
@@ -36,6 +46,14 @@ def int8(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     mtp: str,
+    method: str,
+    calibration: Path | None,
+    length: int | None,
+    max_tokens: int | None,
+    damping: float,
+    dtype: str | None,
+    memory: int | None,
+    save_every: int,
     max_shard_size: int | None,
     partial: bool,
     **run: Any,
@@ -49,6 +67,18 @@ def int8(
     Example:
       dsv3 quantize int8 miniature/checkpoint /tmp/mini-W8A8
     """
+    calibrating = calibrating_of(
+        method,
+        data=calibration,
+        length=length,
+        max_tokens=max_tokens,
+        damping=damping,
+        dtype=dtype,
+        memory=memory,
+        save_every=save_every,
+        device=run["device"],
+        ranks=Ranks.join(),
+    )
     opened = open_quantize_int8(
         pinned(source, destination),
         scheme=scheme,
@@ -57,9 +87,10 @@ def int8(
         mtp=mtp,
         max_shard_size=max_shard_size,
         partial=partial,
+        calibrating=calibrating,
     )
-    with opened as (plan, checkpoints):
-        execute(plan, checkpoints, destination, **run)
+    with opened as (plan, checkpoints, maker):
+        execute(plan, checkpoints, destination, maker=maker, **run)
 
 
 @click.command("int4")
@@ -105,6 +136,7 @@ def int8(
     help="What other linears are stored in.",
 )
 @selecting_options
+@calibration_options
 @run_options
 def int4(
     source: Source,
@@ -119,6 +151,14 @@ def int4(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     mtp: str,
+    method: str,
+    calibration: Path | None,
+    length: int | None,
+    max_tokens: int | None,
+    damping: float,
+    dtype: str | None,
+    memory: int | None,
+    save_every: int,
     max_shard_size: int | None,
     partial: bool,
     **run: Any,
@@ -132,6 +172,18 @@ def int4(
     Example:
       dsv3 quantize int4 miniature/checkpoint /tmp/mini-W4A16
     """
+    calibrating = calibrating_of(
+        method,
+        data=calibration,
+        length=length,
+        max_tokens=max_tokens,
+        damping=damping,
+        dtype=dtype,
+        memory=memory,
+        save_every=save_every,
+        device=run["device"],
+        ranks=Ranks.join(),
+    )
     opened = open_quantize_int4(
         pinned(source, destination),
         layout=layout,
@@ -145,6 +197,7 @@ def int4(
         mtp=mtp,
         max_shard_size=max_shard_size,
         partial=partial,
+        calibrating=calibrating,
     )
-    with opened as (plan, checkpoints):
-        execute(plan, checkpoints, destination, **run)
+    with opened as (plan, checkpoints, maker):
+        execute(plan, checkpoints, destination, maker=maker, **run)

@@ -16,6 +16,7 @@ from dsv3_tools.cli.signals import stop_on_signals
 from dsv3_tools.conversion.card import card_problem
 from dsv3_tools.conversion.executor import RunResult, run
 from dsv3_tools.conversion.hub_target import PushTarget
+from dsv3_tools.conversion.making import Maker
 from dsv3_tools.conversion.options import HubOptions, RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.preview import Preview
@@ -28,10 +29,16 @@ __all__ = ["execute", "execute_together"]
 
 
 def execute(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, *, as_json: bool, **how: Any
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: Path,
+    *,
+    as_json: bool,
+    maker: Maker | None = None,
+    **how: Any,
 ) -> None:
     """Carries out `plan`, or only shows it."""
-    said = _carry_out([Part(plan, destination)], checkpoints, as_json=as_json, **how)
+    said = _carry_out([Part(plan, destination, maker)], checkpoints, as_json=as_json, **how)
     if as_json and said:
         print_json(said[0])
 
@@ -82,7 +89,7 @@ def _carry_out(
         for part in parts:
             with shown_progress(part.plan.operation, quiet=not ranks.is_first) as update:
                 how = replace(options, on_progress=update, stop=stop)
-                result = run(part.plan, checkpoints, part.destination, how)
+                result = run(part.plan, checkpoints, part.destination, how, part.maker)
             if ranks.is_first:
                 said.append(_result_json(part.plan, result))
                 if not as_json:

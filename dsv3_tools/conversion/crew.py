@@ -11,7 +11,9 @@ from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.devices import largest_whole_nbytes
 from dsv3_tools.conversion.fetching import PREFETCH, Fetcher, SourceShard
 from dsv3_tools.conversion.findings import Findings
+from dsv3_tools.conversion.making import MadeWeights
 from dsv3_tools.conversion.options import RunOptions
+from dsv3_tools.conversion.pieces import Origin
 from dsv3_tools.conversion.plan import Plan, ShardPlan
 from dsv3_tools.conversion.preflight import check_scales
 from dsv3_tools.conversion.progress import Meter, Stop
@@ -38,10 +40,12 @@ class Crew:
         workers: int,
         needs: Mapping[str, Sequence[SourceShard]],
         uploader: Uploader | None,
+        made: Mapping[str, MadeWeights] | None = None,
     ) -> None:
         self._label = plan.digest[:16]
         self._largest_whole = largest_whole_nbytes(plan.shards)
         self._checkpoints = checkpoints
+        self._origins: dict[str, Origin] = {**checkpoints, **(made or {})}
         self._workspace = workspace
         self._options = options
         self._ranks = ranks
@@ -144,8 +148,8 @@ class Crew:
             needed = self._largest_whole * 9 // 8  # and room for alignment
             for nbytes in BATCH_NBYTES:
                 batch = max(nbytes, needed)
-                yield CudaPipeline(self._checkpoints, self._stop, meter, device=device, batch_nbytes=batch)
-        yield CpuPipeline(self._checkpoints, self._stop, meter, workers=self._num_workers)
+                yield CudaPipeline(self._origins, self._stop, meter, device=device, batch_nbytes=batch)
+        yield CpuPipeline(self._origins, self._stop, meter, workers=self._num_workers)
 
     def _write(self, shard: ShardPlan, pipeline: Pipeline) -> None:
         findings = Findings(keep_nonfinite=self._options.nonfinite == "keep")
@@ -182,6 +186,6 @@ class Crew:
     def _check_sources(self, shard: ShardPlan) -> None:
         """Refuses a shard whose source files were written to while it was made."""
         refs = {ref for step in shard.steps for ref in step.inputs.values()}
-        shards = {(ref.origin, self._checkpoints[ref.origin].weight_map[ref.name]) for ref in refs}
+        shards = {(ref.origin, self._origins[ref.origin].weight_map[ref.name]) for ref in refs}
         for origin, name in shards:
-            self._checkpoints[origin].check_unchanged(name)
+            self._origins[origin].check_unchanged(name)

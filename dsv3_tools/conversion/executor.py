@@ -7,9 +7,9 @@ takes it for one, and the same command goes on where it was killed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,9 @@ from dsv3_tools.conversion.destination import (
     read_manifest,
 )
 from dsv3_tools.conversion.devices import count_workers, resolve_devices
-from dsv3_tools.conversion.fetching import absent_shards
+from dsv3_tools.conversion.fetching import SourceShard, absent_shards
 from dsv3_tools.conversion.finish import finish
+from dsv3_tools.conversion.making import MADE, Made, Maker, Place, write_made
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.progress import Stop
@@ -78,7 +79,11 @@ class RunResult:
 
 
 def run(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions | None = None
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: Path,
+    options: RunOptions | None = None,
+    maker: Maker | None = None,
 ) -> RunResult:
     """Carries out `plan`, or goes on with it.
 
@@ -87,6 +92,7 @@ def run(
         checkpoints: the sources by origin; "source" at least.
         destination: a directory that is empty, absent, or holds an interrupted run of this plan.
         options: devices, workers and the like.
+        maker: makes weights that are not recoded step by step.
 
     Raises:
         UsageError: source and destination overlap, or no such device.
@@ -102,22 +108,52 @@ def run(
         _check_same_plan(ranks, plan)
         devices = _together(ranks, lambda: resolve_devices(options.device, ranks))[ranks.rank]
         uploader = _uploader(plan, destination, options)
-        begin = partial(start, plan, checkpoints, workspace, options, devices, held, uploader)
+        scratch = 0 if maker is None else maker.scratch_nbytes
+        begin = partial(start, plan, checkpoints, workspace, options, devices, held, uploader, scratch)
+        extra: dict[str, bytes] = {}
         resumed = _together(ranks, begin if ranks.is_first else _nothing)[0]
         if resumed is None:
             found = read_manifest(destination)
             pushed = None if uploader is None else publish_again(plan, destination, found, options, uploader)
             return _result(plan, destination, began, devices, found, complete=True, pushed=pushed)
-        todo = ranks.share([shard for shard in plan.shards if shard.name not in resumed])
+        missing = [shard for shard in plan.shards if shard.name not in resumed]
+        todo = ranks.share(missing)
         workers = count_workers(options.workers, devices, len(todo), ranks)
-        needs = absent_shards(todo, checkpoints)
         if uploader is not None:
             held.enter_context(uploader)
             for entry in resumed.values():  # in the background: there may be many
                 uploader.add(Finished(entry.shard, entry.sha256))
-        crew = Crew(plan, checkpoints, workspace, options, ranks, devices, workers, needs, uploader)
-        written = {name: e for part in _together(ranks, partial(crew.work, todo)) for name, e in part.items()}
-        last = partial(_finish, plan, checkpoints["source"], workspace, resumed | written, options, uploader)
+        crew = partial(Crew, plan, checkpoints, workspace, options, ranks, uploader=uploader)
+        if maker is None:
+            needs = absent_shards(todo, checkpoints)
+            work = partial(crew(devices, workers, needs).work, todo)
+            parts = _together(ranks, work)
+        else:
+            place = Place(
+                workspace.making_folder,
+                destination,
+                devices[0],
+                ranks,
+                options.stop or Stop(),
+                options.on_progress,
+            )
+            crew = partial(
+                Crew,
+                plan,
+                checkpoints,
+                workspace,
+                replace(options, on_progress=None),
+                ranks,
+                uploader=uploader,
+            )
+            names = {shard.name for shard in todo}
+            batches = maker.make(missing, place)
+            # Who fails ends at once, and torchrun the others: they may wait in the middle of a sum.
+            parts = ranks.agree(write_made(batches, partial(_write_batch, crew, names, workers)))
+            extra = maker.files(place)
+        written = {name: entry for part in parts for name, entry in part.items()}
+        done = resumed | written
+        last = partial(_finish, plan, checkpoints["source"], workspace, done, options, uploader, extra)
         manifest, pushed = _together(ranks, last if ranks.is_first else _nothing)[0] or ({}, None)
     return _result(
         plan,
@@ -147,12 +183,25 @@ def _finish(
     done: Mapping[str, JournalEntry],
     options: RunOptions,
     uploader: Uploader | None,
+    extra: Mapping[str, bytes],
 ) -> tuple[dict[str, Any], str | None]:
     """Writes the small files, and uploads them if asked; returns the manifest, and the commit on the Hub."""
-    manifest = finish(plan, source, workspace, done)
+    manifest = finish(plan, source, workspace, done, extra)
     pushed = None if uploader is None else publish(plan, workspace.destination, manifest, options, uploader)
     workspace.remove()
     return manifest, pushed
+
+
+def _write_batch(
+    crew: Callable[..., Crew], names: Container[str], workers: int, batch: Made
+) -> dict[str, JournalEntry]:
+    """Writes those shards of a batch that are in `names`; GPUs are left to those who make the next."""
+    shards = [shard for shard in batch.shards if shard.name in names]
+    if not shards:
+        return {}
+    needs: dict[str, tuple[SourceShard, ...]] = {shard.name: () for shard in shards}
+    origins = {} if batch.weights is None else {MADE: batch.weights}
+    return crew(["cpu"], min(workers, len(shards)), needs, made=origins).work(shards)
 
 
 def _check_same_plan(ranks: Ranks, plan: Plan) -> None:

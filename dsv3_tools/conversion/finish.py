@@ -25,17 +25,21 @@ MANIFEST_VERSION = 1
 
 
 def finish(
-    plan: Plan, source: Checkpoint, workspace: Workspace, done: Mapping[str, JournalEntry]
+    plan: Plan,
+    source: Checkpoint,
+    workspace: Workspace,
+    done: Mapping[str, JournalEntry],
+    extra: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Writes everything but the shards, the manifest last; returns the manifest.
 
-    The model card is in no manifest: its user may edit it.
+    The model card is in no manifest: its user may edit it. `extra` are files that came of the run itself.
 
     Raises:
         CheckpointError: a small file has changed since the plan was made.
         DestinationError: the disk does not do its part.
     """
-    small = {name: _unchanged(plan, source, name) for name in plan.side_files}
+    small = {name: _unchanged(plan, source, name) for name in plan.side_files} | dict(extra)
     made = plan.made_files()
     manifest = _manifest(plan, source, done, small | made)
     encoded = encode_manifest(manifest)

@@ -5,13 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dsv3_tools.checkpoint.index import shard_name
+from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.conversion.plan import ShardPlan, Step
 from dsv3_tools.errors import UsageError
 
-__all__ = ["Location", "lay_out"]
+__all__ = ["Location", "by_layer", "lay_out"]
 
 Location = tuple[str, int]
 """A shard, and where in it."""
+
+
+def by_layer(steps: Sequence[Step], max_shard_size: int) -> Callable[[Step], Location]:
+    """Returns locations that give every layer shards of its own, of so many bytes of tensors at most.
+
+    The embedding comes first; what else belongs to no layer comes last.
+    """
+    places: dict[str, Location] = {}
+    filled: dict[int, tuple[int, int]] = {}  # of each layer: its last shard's number, and bytes in it
+    for number, step in enumerate(steps):
+        layer = _layer_order(step)
+        shard, nbytes = filled.get(layer, (0, 0))
+        own = sum(spec.nbytes for _, spec in step.named_outputs())
+        if nbytes and nbytes + own > max_shard_size:
+            shard, nbytes = shard + 1, 0
+        filled[layer] = shard, nbytes + own
+        places[step.weight.name] = f"{layer:06d}-{shard:06d}", number
+    return lambda step: places[step.weight.name]
+
+
+def _layer_order(step: Step) -> int:
+    parsed = parse_name(step.weight.name)
+    if parsed is None or parsed.layer is None:
+        return 0 if "embed_tokens" in step.weight.name else 999_999
+    return parsed.layer + 1
 
 
 def lay_out(

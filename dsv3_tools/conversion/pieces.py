@@ -10,16 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm
+from typing import Protocol
 
 from dsv3_tools.checkpoint.dtypes import DTYPES
 from dsv3_tools.checkpoint.header import Header
-from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.plan import ShardPlan, Share, Step, TensorRef
 from dsv3_tools.errors import CheckpointError
 from dsv3_tools.formats import Format
 
-__all__ = ["Piece", "Read", "Write", "check_content", "cut", "read_into", "wrong_content"]
+__all__ = ["Origin", "Piece", "Read", "Write", "check_content", "cut", "read_into", "wrong_content"]
+
+
+class Origin(Protocol):
+    """What pieces are read from: a checkpoint, or what a run has made in memory."""
+
+    @property
+    def weight_map(self) -> Mapping[str, str]:
+        """The shard of every tensor."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` with a tensor's bytes from byte `start` on."""
+
+    def will_need(self, name: str, start: int, nbytes: int) -> None:
+        """Has these bytes of a tensor read ahead."""
+
+    def check_unchanged(self, shard: str) -> None:
+        """Refuses a shard that was written to since it was opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +108,7 @@ def cut(shard: ShardPlan, header: Header, max_nbytes: int) -> Iterator[Piece]:
             yield from _share_pieces(step, step.share, header, max_nbytes)
 
 
-def read_into(checkpoints: Mapping[str, Checkpoint], read: Read, buffer: memoryview) -> None:
+def read_into(checkpoints: Mapping[str, Origin], read: Read, buffer: memoryview) -> None:
     """Fills `buffer` with the bytes of `read`.
 
     Raises:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
 from dsv3_tools.conversion.devices import FEW_WORKERS
 from dsv3_tools.conversion.findings import Findings
-from dsv3_tools.conversion.pieces import Piece, check_content, cut, read_into
+from dsv3_tools.conversion.pieces import Origin, Piece, check_content, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan, Share
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
@@ -34,9 +33,7 @@ _READ_AHEAD_NBYTES = 16 << 20
 class CpuPipeline:
     """Reusable buffers of one worker thread."""
 
-    def __init__(
-        self, checkpoints: Mapping[str, Checkpoint], stop: Stop, meter: Meter, *, workers: int
-    ) -> None:
+    def __init__(self, checkpoints: Mapping[str, Origin], stop: Stop, meter: Meter, *, workers: int) -> None:
         self._checkpoints = checkpoints
         self._piece_nbytes = PIECE_NBYTES if workers <= FEW_WORKERS else LARGE_PIECE_NBYTES
         self._stop = stop
@@ -94,7 +91,7 @@ class CpuPipeline:
 class _ReadAhead:
     """Keeps the system reading about 16 MiB ahead of the worker."""
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], shard: ShardPlan) -> None:
+    def __init__(self, checkpoints: Mapping[str, Origin], shard: ShardPlan) -> None:
         self._checkpoints = checkpoints
         self._inputs = [
             (step, ref, step.input_specs(step.shape)[part].nbytes)

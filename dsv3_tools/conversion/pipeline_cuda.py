@@ -13,12 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
-from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.checkpoint.writer import ShardWriter
 from dsv3_tools.conversion.buffers import as_bytes, view
 from dsv3_tools.conversion.findings import Findings
-from dsv3_tools.conversion.pieces import Piece, Read, Write, check_content, cut, read_into
+from dsv3_tools.conversion.pieces import Origin, Piece, Read, Write, check_content, cut, read_into
 from dsv3_tools.conversion.plan import ShardPlan
 from dsv3_tools.conversion.progress import Meter, Stop
 from dsv3_tools.formats.recode import recode_into
@@ -44,7 +43,7 @@ class CudaPipeline:
 
     def __init__(
         self,
-        checkpoints: Mapping[str, Checkpoint],
+        checkpoints: Mapping[str, Origin],
         stop: Stop,
         meter: Meter,
         *,
@@ -149,7 +148,7 @@ class _Slot:
         same = not piece.is_coded or self._pair in (None, _formats(piece))
         return same and self._has_room(piece) and len(self._loaded) < _MAX_PIECES
 
-    def load(self, piece: Piece, checkpoints: Mapping[str, Checkpoint]) -> None:
+    def load(self, piece: Piece, checkpoints: Mapping[str, Origin]) -> None:
         """Reads a piece into the batch; one that is only copied straight into the output.
 
         Raises:

@@ -12,6 +12,7 @@ from dsv3_tools.conversion.destination import (
     survey,
 )
 from dsv3_tools.conversion.devices import count_workers, host_nbytes_per_worker, resolve_devices
+from dsv3_tools.conversion.making import Maker
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.preflight import check_places, free_nbytes
@@ -47,7 +48,11 @@ class Preview:
 
 
 def preview(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], destination: Path, options: RunOptions
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    destination: Path,
+    options: RunOptions,
+    maker: Maker | None = None,
 ) -> Preview:
     """Returns what `run` would do, having looked at everything but the data, and written nothing."""
     problem, state, missing, devices, room = None, State.FRESH, plan.shards, ["cpu"], Room()
@@ -57,7 +62,8 @@ def preview(
         state = survey(plan, destination, overwrite=options.overwrite, hub=options.hub)
         missing = missing_shards(plan, Workspace(destination), state)
         workers = count_workers(options.workers, devices, len(missing), options.ranks)
-        room = room_for(missing, checkpoints, Workspace(destination), state, options, workers)
+        scratch = 0 if maker is None else maker.scratch_nbytes
+        room = room_for(missing, checkpoints, Workspace(destination), state, options, workers, scratch)
         room.check(destination)
         if options.hub.push is not None and not options.overwrite and state is not State.COMPLETE:
             check_target(options.hub.push, own_shards(plan, Workspace(destination), state))

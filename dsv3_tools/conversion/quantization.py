@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dsv3_tools.checkpoint.config import with_quantization
+from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.conversion.ignore import find_unquantized, names, patterns, substrings
-from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.layout import by_layer
+from dsv3_tools.conversion.plan import Plan, Step
 from dsv3_tools.conversion.planning import (
     check_plan,
     finish_plan,
@@ -20,7 +22,7 @@ from dsv3_tools.conversion.planning import (
 )
 from dsv3_tools.conversion.quantization_options import INT4Options, INT8Options
 from dsv3_tools.conversion.recipes import FP8_REST, MODULES, Selection, select
-from dsv3_tools.errors import UsageError
+from dsv3_tools.errors import CheckpointError, UsageError
 from dsv3_tools.formats import (
     INT4,
     INT4AWQ,
@@ -31,9 +33,14 @@ from dsv3_tools.formats import (
     INT8Block,
 )
 from dsv3_tools.formats import compressed_tensors as ct
+from dsv3_tools.formats.integer import IntegerFormat
+from dsv3_tools.formats.recode import moves_codes
 from dsv3_tools.formats.stored import Stored, StoredWeight
 
-__all__ = ["plan_int4", "plan_int8"]
+__all__ = ["MADE_SHARD_NBYTES", "is_made", "plan_int4", "plan_int8"]
+
+MADE_SHARD_NBYTES = 5 * 10**9
+"""Bytes of tensors in a shard whose weights are made during the run: Hugging Face's own bound."""
 
 _FP8 = FP8Block(scale_name=ct.SCALE_NAME)
 
@@ -75,6 +82,7 @@ def plan_int8(
     *,
     max_shard_size: int | None = None,
     partial: bool = False,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Returns the plan that quantizes every linear to INT8 but `kv_b_proj`, router, `lm_head`, `eh_proj`.
 
@@ -83,13 +91,24 @@ def plan_int8(
         options: the scheme, and what is quantized.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
         partial: the checkpoint is only a part of the model that `config.json` describes.
+        calibration: what decides the bytes of weights that are made during the run, see `is_made`; every
+            layer then has shards of its own, of `MADE_SHARD_NBYTES` unless told otherwise.
 
     Raises:
         FormatError: the source's quantization is not known here, or a weight does not fit the format.
         UsageError: a pattern that fits nothing, or that splits what engines load as one.
         PlanError: tensors that do not add up, all of them.
     """
-    return _plan(checkpoint, "int8", options, options.format, None, max_shard_size, partial=partial)
+    return _plan(
+        checkpoint,
+        "int8",
+        options,
+        options.format,
+        None,
+        max_shard_size,
+        partial=partial,
+        calibration=calibration,
+    )
 
 
 def plan_int4(
@@ -98,10 +117,20 @@ def plan_int4(
     *,
     max_shard_size: int | None = None,
     partial: bool = False,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Returns the plan that quantizes routed experts to INT4; arguments and errors as for `plan_int8`."""
     rest = _FP8 if options.rest == "fp8" else None
-    return _plan(checkpoint, "int4", options, options.format, rest, max_shard_size, partial=partial)
+    return _plan(
+        checkpoint,
+        "int4",
+        options,
+        options.format,
+        rest,
+        max_shard_size,
+        partial=partial,
+        calibration=calibration,
+    )
 
 
 def _plan(
@@ -113,6 +142,7 @@ def _plan(
     max_shard_size: int | None,
     *,
     partial: bool,
+    calibration: Mapping[str, Any] | None,
 ) -> Plan:
     stored = read_stored(checkpoint)
     mtp = tuple(checkpoint.config.mtp_layers)
@@ -134,8 +164,26 @@ def _plan(
     if config == checkpoint.config_json:  # W4A8, or leaving the MTP module out, needs no new weight
         done = f"all that {kind} takes is {target.name} already; choose other options"
         require_work(checkpoint, steps, f"nothing is to be changed: {done}")
-    said = asdict(options)
-    return finish_plan(checkpoint, f"quantize {kind}", said, steps, config, max_shard_size, dropped=dropped)
+    said, operation = asdict(options), f"quantize {kind}"
+    if calibration is None:
+        return finish_plan(checkpoint, operation, said, steps, config, max_shard_size, dropped=dropped)
+    if not any(is_made(step) for step in steps):
+        raise CheckpointError(
+            f"{checkpoint.source}: no weight in a layer would be quantized anew, so there is nothing to "
+            "calibrate; leave out --method"
+        )
+    said["calibration"] = {**calibration, "max_shard_size": max_shard_size}
+    place = by_layer(steps, max_shard_size or MADE_SHARD_NBYTES)
+    return finish_plan(checkpoint, operation, said, steps, config, None, dropped=dropped, location=place)
+
+
+def is_made(step: Step) -> bool:
+    """Whether a calibrated run makes a step's codes itself: those of a layer that are not just moved."""
+    if not isinstance(step.target, IntegerFormat) or step.source is None or step.is_copy:
+        return False
+    parsed = parse_name(step.weight.name)
+    in_layer = parsed is not None and parsed.layer is not None
+    return in_layer and not moves_codes(step.source, step.target)
 
 
 def _check_experts(weights: Sequence[StoredWeight], selection: Selection) -> None:

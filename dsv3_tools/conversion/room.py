@@ -65,6 +65,7 @@ def room_for(
     state: State,
     options: RunOptions,
     workers: int,
+    scratch: int = 0,
 ) -> Room:
     """Returns what a run needs.
 
@@ -75,6 +76,7 @@ def room_for(
         state: of the destination.
         options: of the run.
         workers: of each process.
+        scratch: bytes that a maker of weights needs beside them for a while.
     """
     needs = absent_shards(missing, checkpoints)
     absent = {key for keys in needs.values() for key in keys}
@@ -88,4 +90,4 @@ def room_for(
         staged = peak_nbytes(needs, checkpoints, options.ranks.world_size * (workers + PREFETCH))
     sizes = sorted((shard.nbytes for shard in missing), reverse=True)
     written = sum(sizes if options.hub.keep_output else sizes[: workers + PENDING])
-    return Room(written, fetched, staged, freed)
+    return Room(written + (scratch if missing else 0), fetched, staged, freed)

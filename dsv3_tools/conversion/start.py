@@ -36,6 +36,7 @@ def start(
     devices: Sequence[str],
     held: ExitStack,
     uploader: Uploader | None,
+    scratch: int = 0,
 ) -> dict[str, JournalEntry] | None:
     """Checks everything that can be checked, takes the lock; returns the shards that are done.
 
@@ -53,7 +54,7 @@ def start(
         return None
     missing = missing_shards(plan, workspace, state)
     workers = count_workers(options.workers, devices, len(missing), options.ranks)
-    room_for(missing, checkpoints, workspace, state, options, workers).check(destination)
+    room_for(missing, checkpoints, workspace, state, options, workers, scratch).check(destination)
     needs = absent_shards(missing, checkpoints)
     here = [shard for shard in missing if not needs[shard.name]]
     check_scales(here, checkpoints, nonfinite=options.nonfinite, stop=stop)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.making import Maker
 from dsv3_tools.conversion.options import RunOptions
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.preflight import filesystem
@@ -20,10 +21,11 @@ __all__ = ["Part", "check_together", "preview_together"]
 
 @dataclass(frozen=True)
 class Part:
-    """One of the results: what is written, and where."""
+    """One of the results: what is written, where, and what makes its weights if they are not recoded."""
 
     plan: Plan
     destination: Path
+    maker: Maker | None = None
 
 
 def check_together(parts: Sequence[Part], checkpoints: Mapping[str, Checkpoint], options: RunOptions) -> None:
@@ -43,7 +45,7 @@ def preview_together(
     parts: Sequence[Part], checkpoints: Mapping[str, Checkpoint], options: RunOptions
 ) -> list[Preview]:
     """Returns what each run would do with its destination, given the others; see `preview`."""
-    previews = [preview(part.plan, checkpoints, part.destination, options) for part in parts]
+    previews = [preview(part.plan, checkpoints, part.destination, options, part.maker) for part in parts]
     problem = _overlap(parts) or _one_place(parts, options) or _no_room(parts, previews)
     return [found if found.problem is not None else replace(found, problem=problem) for found in previews]
 

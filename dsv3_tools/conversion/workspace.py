@@ -7,6 +7,7 @@
 .dsv3/plan.json       digest of the plan and what its source files were
 .dsv3/journal*.jsonl  one line for each finished shard, appended after its rename
 .dsv3/*.tmp           files being written
+.dsv3/made/           what a run that makes weights needs to go on: see `making`
 .dsv3/source-*/       shards fetched from the Hub, one folder for each rank
 """
 
@@ -201,6 +202,11 @@ class Workspace:
         """Returns where a rank keeps shards from the Hub while it needs them."""
         return self.folder / f"source-{rank}"
 
+    @property
+    def making_folder(self) -> Path:
+        """Where whoever makes weights keeps what it needs to go on."""
+        return self.folder / "made"
+
     def source_nbytes(self) -> int:
         """Returns the bytes of such shards, whole or not, from runs that were stopped."""
         return sum(path.lstat().st_blocks * 512 for path in self.folder.glob("source-*/**/*"))
@@ -228,6 +234,8 @@ class Workspace:
         with destination_errors(self.folder, "removing an earlier run's records"):
             for path in self._own_files():
                 path.unlink(missing_ok=True)
+            if self.making_folder.is_dir():
+                _remove(self.making_folder)
 
     def remove(self) -> None:
         """Removes the folder, the last act of a finished run.
@@ -238,6 +246,8 @@ class Workspace:
         with suppress(OSError):
             for path in self.folder.glob("source-*"):
                 _remove(path)
+            if self.making_folder.is_dir():
+                _remove(self.making_folder)
             for path in self._own_files():
                 path.unlink(missing_ok=True)
             for name in (OWNER_NAME, "lock"):

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dsv3_tools.model.attention import attend
-from dsv3_tools.model.mlp import gated_mlp
+from dsv3_tools.model.mlp import Tap, gated_mlp
 from dsv3_tools.model.moe import Routes, Scores, Sketch, add_expert, assign, route, score
 from dsv3_tools.model.parallel import RankGroup
-from dsv3_tools.model.prefetch import Prefetcher
 from dsv3_tools.model.rope import Ropes
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.units import layer_orders
-from dsv3_tools.model.weights import Unit
+from dsv3_tools.model.weights import Supply, Unit
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +62,8 @@ class Layer:
 
     Its weights are read when they are used, and not kept. A second pass reads them again, without reading
     ahead: give all hidden states that a layer is to work on to one `forward_all`. Hidden states of another
-    type than the model's meet weights rounded or widened to theirs.
+    type than the model's meet weights rounded or widened to theirs. `tap` sees the inputs of attention's
+    linears.
 
     Attributes:
         number: counted from 0 through the MTP layers.
@@ -74,11 +74,12 @@ class Layer:
         self,
         number: int,
         settings: Settings,
-        weights: Prefetcher,
+        weights: Supply,
         *,
         ranks: RankGroup,
         device: torch.device,
         ropes: Ropes,
+        tap: Tap | None = None,
     ) -> None:
         self.number = number
         self.is_moe = settings.dims.is_moe_layer(number)
@@ -87,6 +88,7 @@ class Layer:
         self._ranks = ranks
         self._device = device
         self._ropes = ropes
+        self._tap = tap
         self._units = {order.key: order.unit for order in layer_orders(settings, number, ranks)}
         self._router: dict[str, Tensor] | None = None
 
@@ -157,11 +159,11 @@ class Layer:
 
     def route(self, hidden_BLD: Tensor) -> Routes:
         """Returns the choice of this layer's router for hidden states after `attention`."""
-        return self._route(self._norm(hidden_BLD))
+        return self._route(self.normed(hidden_BLD))
 
     def scores(self, hidden_BLD: Tensor) -> Scores:
         """Returns the scores by which the router chooses, for hidden states after `attention`."""
-        return self._score(self._norm(hidden_BLD))
+        return self._score(self.normed(hidden_BLD))
 
     def _take(self, part: Hashable) -> dict[str, Tensor]:
         key = (self.number, part)
@@ -187,13 +189,13 @@ class Layer:
         rope = self._ropes.get(hidden_BLD.shape[1], hidden_BLD.dtype)
         for rows in sequence_chunks(hidden_BLD) if "o_proj" in weights else ():  # more ranks than heads
             x_BLD = rms_norm(hidden_BLD[rows].to(self._device), norm, eps)
-            added_BLD[rows] = attend(x_BLD, weights, self._settings, rope)
+            added_BLD[rows] = attend(x_BLD, weights, self._settings, rope, self._tap)
         return self._ranks.sum_(added_BLD)
 
     def _start(self, hidden_BLD: Tensor, routes: Routes | None) -> _State:
         import torch
 
-        x_TD = self._norm(hidden_BLD)
+        x_TD = self.normed(hidden_BLD)
         state = _State(x_TD, torch.zeros_like(x_TD, dtype=self._get_router()["norm"].dtype))
         if self.is_moe and routes is None:
             state.routes = self._route(x_TD)
@@ -201,7 +203,8 @@ class Layer:
             state.routes = Routes(*(values.to(self._device) for values in routes))
         return state
 
-    def _norm(self, hidden_BLD: Tensor) -> Tensor:
+    def normed(self, hidden_BLD: Tensor) -> Tensor:
+        """Returns the input of router and experts `[tokens, D]`, for hidden states after `attention`."""
         import torch
 
         from dsv3_tools.model.numerics import rms_norm

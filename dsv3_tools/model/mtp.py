@@ -65,11 +65,14 @@ class Mtp:
         (joining,) = self.orders()
         unit = joining.unit
         orders = [joining, *layer_orders(model.settings, self.number, model.ranks)]
-        own = f"{self._prefix}embed_tokens.weight"
-        embedding = own if model.has(own) else "model.embed_tokens.weight"
         with model.reading(orders) as weights:
-            join = Join(model, embedding, weights.take("join", unit))
-            yield join, model.layer(self.number, weights)
+            yield self.join(weights.take("join", unit)), model.layer(self.number, weights)
+
+    def join(self, weights: dict[str, Tensor]) -> Join:
+        """Returns what makes the layer's input, of the weights of the unit in `orders`."""
+        own = f"{self._prefix}embed_tokens.weight"
+        embedding = own if self._model.has(own) else "model.embed_tokens.weight"
+        return Join(self._model, embedding, weights)
 
     def orders(self) -> list[Order]:
         """Returns what is read before the layer proper."""

@@ -84,6 +84,21 @@ class RankGroup:
             distributed.all_reduce(values, group=self.group)
         return values
 
+    def broadcast_(self, values: Tensor, rank: int) -> Tensor:
+        """Replaces `values` by those of `rank`, of the same shape, and returns them."""
+        if self.world_size > 1:
+            import torch
+            from torch import distributed
+
+            flat = values.view(torch.uint8) if values.dim() else values  # gloo does not know every type
+            distributed.broadcast(flat, distributed.get_global_rank(self._group(), rank), group=self.group)
+        return values
+
+    def _group(self) -> Any:
+        from torch import distributed
+
+        return distributed.group.WORLD if self.group is None else self.group
+
 
 ALONE = RankGroup()
 """A forward pass in one process."""

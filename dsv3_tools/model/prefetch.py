@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,9 +14,10 @@ from dsv3_tools.model.staging import make_reader
 from dsv3_tools.model.weights import Encoded, Prepared, Unit, WeightSource
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["Order", "Prefetcher"]
+__all__ = ["Order", "Prefetcher", "Readers"]
 
 _MAX_QUEUED = 3
 """Units whose computation may be queued on a GPU and not done: their memory is not free yet."""
@@ -34,6 +36,22 @@ class _Ahead(NamedTuple):
     loaded: Future[Encoded | dict[str, Tensor]]
 
 
+class Readers:
+    """Threads that read, with their pinned memory: to be kept, for making them takes longer than a layer.
+
+    Args:
+        device: where weights go.
+        count: of threads.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.count = count
+        self.reader = make_reader(device)
+        is_cpu = device.type == "cpu"
+        self.pool = ThreadPoolExecutor(count, "dsv3-read", _use_one_thread if is_cpu else None)
+        weakref.finalize(self, self.pool.shutdown, wait=False, cancel_futures=True)
+
+
 class Prefetcher:
     """Reads units ahead, never more than `budget` bytes (or one unit) beyond the one that was taken last.
 
@@ -41,19 +59,20 @@ class Prefetcher:
         source: of the weights.
         orders: all units, in the order in which they will be taken; some may be skipped.
         budget: bytes of units that wait, in the memory in which they wait.
-        threads: that read at once.
+        readers: that read.
     """
 
-    def __init__(self, source: WeightSource, orders: Sequence[Order], *, budget: int, threads: int) -> None:
+    def __init__(
+        self, source: WeightSource, orders: Sequence[Order], *, budget: int, readers: Readers
+    ) -> None:
         self._source = source
         self._orders = orders
         self._places = {order.key: place for place, order in enumerate(orders)}
         self._budget = budget
-        self._reader = make_reader(source.device)
-        self._pool = ThreadPoolExecutor(threads, "dsv3-read", self._start_thread)
+        self._readers = readers
         self._cores = ExitStack()
         if source.device.type == "cpu":
-            self._cores.enter_context(sharing_cores(threads))
+            self._cores.enter_context(sharing_cores(readers.count))
         self._ahead: deque[_Ahead] = deque()
         self._prepared: Prepared | None = None  # the unit that comes next, if it had to wait
         self._waiting = 0
@@ -76,7 +95,7 @@ class Prefetcher:
         """Stops reading and lets go of everything."""
         for ahead in self._ahead:
             ahead.loaded.cancel()
-        self._pool.shutdown(cancel_futures=True)
+        wait([ahead.loaded for ahead in self._ahead if not ahead.loaded.cancelled()])
         self._cores.close()
         self._ahead.clear()
         self._next_read = self._next_taken = len(self._orders)
@@ -92,7 +111,7 @@ class Prefetcher:
         self._throttle()
         place = self._places.get(key, -1)
         if place < self._next_taken:
-            return self._decode(self._source.load(self._source.prepare(unit), self._reader))
+            return self._decode(self._source.load(self._source.prepare(unit), self._readers.reader))
         while self._next_taken <= place:
             if not self._ahead:
                 self._next_read = self._next_taken = place  # nothing is read that will be skipped
@@ -106,13 +125,6 @@ class Prefetcher:
         self._fill()
         return self._decode(found.loaded.result())
 
-    def _start_thread(self) -> None:
-        """Keeps torch from starting, for each of these threads, as many more as there are cores."""
-        if self._source.device.type == "cpu":
-            import torch
-
-            torch.set_num_threads(1)
-
     def _fill(self) -> None:
         while self._next_read < len(self._orders):
             order = self._orders[self._next_read]
@@ -121,7 +133,7 @@ class Prefetcher:
                 self._prepared = prepared  # for the next time
                 return
             self._prepared = None
-            loaded = self._pool.submit(self._source.load, prepared, self._reader)
+            loaded = self._readers.pool.submit(self._source.load, prepared, self._readers.reader)
             self._ahead.append(_Ahead(order.key, prepared.nbytes, loaded))
             self._waiting += prepared.nbytes
             self._next_read += 1
@@ -144,3 +156,10 @@ class Prefetcher:
         self._queued.append(done)
         if len(self._queued) > _MAX_QUEUED:
             self._queued.popleft().synchronize()
+
+
+def _use_one_thread() -> None:
+    """Keeps torch from starting, for each thread that reads, as many more as there are cores."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -10,6 +10,7 @@ Shape suffixes: B sequences, L tokens of a sequence, T tokens of a stream.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dsv3_tools.checkpoint.config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.errors import CheckpointError, Dsv3Error, UsageError
+from dsv3_tools.model.documents import read_documents
 from dsv3_tools.model.token_files import read_token_file
 from dsv3_tools.model.tokenizer import TOKENIZER_NAME, Tokenizer, read_tokenizer
 
@@ -33,7 +35,8 @@ __all__ = ["DEFAULT_LENGTH", "Tokens", "cut", "limit", "read_tokens"]
 DEFAULT_LENGTH = 512
 """Tokens of a sequence that is cut from a stream, if the model has as many positions."""
 
-_MAX_TEXT_BYTES = 20_000_000
+_MAX_TEXT_BYTES = 100_000_000
+_ENOUGH = 10
 _BUILT_IN = "text.txt"
 
 
@@ -60,17 +63,20 @@ def read_tokens(
     length: int | None,
     max_tokens: int | None,
     vocab_size: int,
+    lengths: Sequence[int] = (DEFAULT_LENGTH,),
 ) -> Tokens:
     """Returns tokens from one of `tokens` and `text`, or, without both, from the built-in text.
 
     Args:
         directory: of the checkpoint: `config.json`, and for text its tokenizer.
         tokens: a `.npy` or `.safetensors` file of ids, see `read_token_file`; no BOS is added to them.
-        text: UTF-8; each sequence begins with BOS if the tokenizer has it so.
+        text: UTF-8, or `.jsonl`, see `documents`; each sequence begins with BOS if the tokenizer has it so.
         length: tokens of a sequence at most, BOS included; None is `DEFAULT_LENGTH` for a stream, whole rows
             otherwise.
         max_tokens: of all sequences together; None is all that there are.
         vocab_size: the model's.
+        lengths: of sequences cut from a stream, if `length` is None: the first that gives ten of them, or the
+            last.
 
     Raises:
         CheckpointError: a file cannot be used, or has ids that the model does not.
@@ -79,18 +85,24 @@ def read_tokens(
     _check_options(tokens, text, length, max_tokens)
     positions = _max_positions(directory)
     _check_length(length or 0, positions, "--length")
-    stream_length = length or min(DEFAULT_LENGTH, positions)
+    choices = [length] if length else [min(one, positions) for one in lengths]
     tokenizer: Tokenizer | None
     if tokens is not None:
         name, where = tokens.name, tokens
         tokenizer = _tokenizer_if_any(directory)
         ids = read_token_file(tokens)
-        rows_BL = ids[:, :length] if ids.ndim == 2 else cut(ids, stream_length)
+        rows_BL = ids[:, :length] if ids.ndim == 2 else cut(ids, _choose_length(ids, choices))
     else:
         name = "built-in text" if text is None else text.name
         where = directory / TOKENIZER_NAME
-        tokenizer = read_tokenizer(directory)
-        rows_BL = cut(_encode(_read_text(text), tokenizer), stream_length, bos_id=tokenizer.bos_id)
+        if text is not None and text.suffix == ".jsonl":
+            where, tokenizer = text, _tokenizer_if_any(directory)
+            ids = _as_array(read_documents(_read_text(text), text, directory))
+        else:
+            tokenizer = read_tokenizer(directory)
+            ids = _as_array(tokenizer.encode(_read_text(text)))
+        bos_id = None if tokenizer is None else tokenizer.bos_id
+        rows_BL = cut(ids, _choose_length(ids, choices), bos_id=bos_id)
     _check_size(rows_BL, name)
     rows_BL = limit(rows_BL, max_tokens)
     _check_length(rows_BL.shape[1], positions, f"{name}: rows of")
@@ -181,10 +193,15 @@ def _read_text(path: Path | None) -> str:
         ) from None
 
 
-def _encode(text: str, tokenizer: Tokenizer) -> Ids:
+def _as_array(ids: Sequence[int]) -> Ids:
     import numpy as np
 
-    return np.array(tokenizer.encode(text), np.int64)
+    return np.array(ids, np.int64)
+
+
+def _choose_length(ids_T: Ids, choices: Sequence[int]) -> int:
+    """Returns the first length that gives enough sequences, or the last."""
+    return next((length for length in choices if len(ids_T) >= _ENOUGH * length), choices[-1])
 
 
 def _check_size(rows_BL: Ids, where: str) -> None:

@@ -28,17 +28,19 @@ from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.specs import TensorSpec
 from dsv3_tools.errors import CheckpointError, UsageError, join_problems
+from dsv3_tools.formats import Format
 from dsv3_tools.model.cores import reading_threads
 from dsv3_tools.model.head import Head
 from dsv3_tools.model.layer import Layer
+from dsv3_tools.model.mlp import Tap
 from dsv3_tools.model.module import find_module
 from dsv3_tools.model.mtp import Mtp
 from dsv3_tools.model.parallel import ALONE, RankGroup
-from dsv3_tools.model.prefetch import Order, Prefetcher
+from dsv3_tools.model.prefetch import Order, Prefetcher, Readers
 from dsv3_tools.model.rope import Ropes
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.units import layer_orders, stripe
-from dsv3_tools.model.weights import Unit, Wanted, WeightSource
+from dsv3_tools.model.weights import Supply, Unit, Wanted, WeightSource
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +109,8 @@ class Transformer:
         )
         self._ropes = Ropes(self.settings, self.device)
         self._budget = budget or ((4 << 30) if self.device.type == "cuda" else (1 << 30))
-        self._threads = threads or reading_threads(self.device.type, self.ranks.processes_here)
+        count = threads or reading_threads(self.device.type, self.ranks.processes_here)
+        self._readers = Readers(self.device, count)
 
     @property
     def mtp_layers(self) -> range:
@@ -195,14 +198,26 @@ class Transformer:
         """Whether the checkpoint has this weight, by its name in an unquantized checkpoint."""
         return name in self._source
 
-    def layer(self, number: int, weights: Prefetcher) -> Layer:
-        """Returns a layer that takes its weights from `weights`."""
-        return Layer(number, self.settings, weights, ranks=self.ranks, device=self.device, ropes=self._ropes)
+    def stored(self, name: str) -> tuple[Checkpoint, Format, Mapping[str, str]]:
+        """Returns where a weight is: the checkpoint, the format, and its parts' tensor names."""
+        return self._source.where(name)
+
+    def layer(self, number: int, weights: Supply, *, tap: Tap | None = None) -> Layer:
+        """Returns a layer that takes its weights from `weights`; `tap` sees the inputs of its linears."""
+        return Layer(
+            number,
+            self.settings,
+            weights,
+            ranks=self.ranks,
+            device=self.device,
+            ropes=self._ropes,
+            tap=tap,
+        )
 
     @contextmanager
     def reading(self, orders: Sequence[Order]) -> Iterator[Prefetcher]:
         """Reads units ahead in this order."""
-        with Prefetcher(self._source, orders, budget=self._budget, threads=self._threads) as weights:
+        with Prefetcher(self._source, orders, budget=self._budget, readers=self._readers) as weights:
             yield weights
 
     def read(self, unit: Unit) -> dict[str, Tensor]:

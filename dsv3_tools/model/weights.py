@@ -7,10 +7,10 @@ little pinned memory, and the thread that computes decodes a unit's weights in o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.dtypes import torch_dtype
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Encoded", "Prepared", "Unit", "Wanted", "WeightSource"]
+__all__ = ["Encoded", "Prepared", "Supply", "Unit", "Wanted", "WeightSource"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,17 @@ class Wanted:
 
 Unit = Mapping[str, Wanted]
 """What is read, kept and freed together, under the names that the computation has for it."""
+
+
+class Supply(Protocol):
+    """Where a layer has its weights from."""
+
+    def take(self, key: Hashable, unit: Unit) -> dict[str, Tensor]:
+        """Returns a unit's weights, decoded.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
 
 
 class _Slice(NamedTuple):
@@ -127,6 +138,11 @@ class WeightSource:
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
+
+    def where(self, name: str) -> tuple[Checkpoint, Format, Mapping[str, str]]:
+        """Returns the checkpoint of a weight, its format, and its parts' tensor names."""
+        checkpoint, stored = self._stored[name]
+        return checkpoint, stored.format, stored.parts
 
     def prepare(self, unit: Unit) -> Prepared:
         """Returns what to read for a unit.

@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 
 import dsv3_tools
 from dsv3_tools.checkpoint.names import parse_name
-from dsv3_tools.conversion.api_quantize import open_quantize_int4, open_quantize_int8
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.serving import engine_verdicts
 from dsv3_tools.engines import is_ignored
 from dsv3_tools.errors import CheckpointError, PlanError, UsageError
+from dsv3_tools.quantize.api_int4 import open_quantize_int4
+from dsv3_tools.quantize.api_int8 import open_quantize_int8
 
 MTP = 5  # the shipped model's MTP layer
 
 
 def plan_of(open_it: Any, source: Path, **options: Any) -> tuple[Plan, dict[str, Any]]:
-    with open_it(source, **options) as (plan, _):
+    with open_it(source, **options) as (plan, _, _):
         return plan, json.loads(plan.config)
 
 

@@ -1,93 +1,26 @@
-"""`dsv3 quantize` as functions, and the plans that they and the commands carry out."""
+"""`dsv3 quantize int4` as a function, and the plan that it and the command carry out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.source import SourceLike
-from dsv3_tools.conversion.api import Opened, PathLike, carry_out
+from dsv3_tools.conversion.api import PathLike
 from dsv3_tools.conversion.executor import RunResult
 from dsv3_tools.conversion.hub_target import PushTarget, as_target
 from dsv3_tools.conversion.options import HubOptions, RunOptions
 from dsv3_tools.conversion.pinning import pinned
 from dsv3_tools.conversion.plan import SOURCE, Plan
 from dsv3_tools.conversion.progress import Progress, Stop
-from dsv3_tools.conversion.quantization import plan_int4, plan_int8
-from dsv3_tools.conversion.quantization_options import INT4Options, INT8Options, patterns
+from dsv3_tools.conversion.quantization import plan_int4
+from dsv3_tools.conversion.quantization_options import INT4Options, patterns
 from dsv3_tools.conversion.ranks import ALONE, Ranks
+from dsv3_tools.quantize.opened import Opened, carry_out, opened_with
+from dsv3_tools.quantize.options import Calibrating, calibrating_of
 
-__all__ = ["open_quantize_int4", "open_quantize_int8", "quantize_int4", "quantize_int8"]
-
-
-def quantize_int8(
-    source: SourceLike,
-    destination: PathLike,
-    *,
-    scheme: str = "channel",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    mtp: str = "quantize",
-    device: str = "auto",
-    workers: int | None = None,
-    max_shard_size: int | None = None,
-    partial: bool = False,
-    nonfinite: str = "error",
-    overwrite: bool = False,
-    keep_source: bool = False,
-    push: str | PushTarget | None = None,
-    keep_output: bool = True,
-    on_plan: Callable[[Plan], None] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    stop: Stop | None = None,
-    ranks: Ranks = ALONE,
-) -> RunResult:
-    """Quantizes an FP8 or BF16 checkpoint to INT8, or goes on where an interrupted run stopped.
-
-    Example:
-        >>> import tempfile
-        >>> result = quantize_int8("miniature/checkpoint", tempfile.mkdtemp(), device="cpu")
-        >>> result.shards_written
-        4
-
-    Args:
-        source: directory of the checkpoint.
-        destination: directory to write, empty or absent.
-        scheme: "channel" (a scale for each row: vLLM, SGLang, Ascend) or "block" (128 x 128: SGLang).
-        include: patterns of module names to quantize beside the recipe's.
-        exclude: patterns of module names to leave in BF16.
-        mtp: "quantize" the MTP module alike, "keep" it unquantized, or "drop" it.
-        device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
-        workers: shards worked on at once.
-        max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
-        partial: the source is only a part of the model that its `config.json` describes.
-        nonfinite: "error" refuses NaN and infinity, "keep" takes them for zeros and counts them.
-        overwrite: replace whatever checkpoint is at `destination`.
-        keep_source: shards fetched from the Hub stay in the Hugging Face cache.
-        push: `org/name` or `org/name@branch` on the Hub, where shards are uploaded to as they are finished.
-        keep_output: leave them here as well.
-        on_plan: called with the plan before anything is written.
-        on_progress: called with every step, from any thread.
-        stop: lets a signal handler end the run cleanly.
-        ranks: `Ranks.join()` shares the run with the other processes that torchrun started; every one of
-            them must make the same call.
-
-    Raises:
-        Dsv3Error: see `dsv3_tools.errors`; nothing half-written is left under a final name.
-    """
-    hub = HubOptions(keep_source, as_target(push), keep_output)
-    options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
-    opened = open_quantize_int8(
-        pinned(source, destination),
-        scheme=scheme,
-        include=include,
-        exclude=exclude,
-        mtp=mtp,
-        max_shard_size=max_shard_size,
-        partial=partial,
-    )
-    return carry_out(opened, destination, options, on_plan)
+__all__ = ["open_quantize_int4", "quantize_int4"]
 
 
 def quantize_int4(
@@ -103,6 +36,14 @@ def quantize_int4(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     mtp: str = "quantize",
+    method: str = "rtn",
+    calibration: PathLike | None = None,
+    length: int | None = None,
+    max_tokens: int | None = None,
+    damping: float = 0.01,
+    dtype: str | None = None,
+    memory: int | None = None,
+    save_every: int = 4,
     device: str = "auto",
     workers: int | None = None,
     max_shard_size: int | None = None,
@@ -138,6 +79,16 @@ def quantize_int4(
         include: patterns of module names to quantize beside the routed experts.
         exclude: patterns of module names to leave out.
         mtp: "quantize" the MTP module alike, "keep" it unquantized, or "drop" it.
+        method: "rtn" rounds to the nearest code; "gptq" and "rtn-weighted" are calibrated: they run the model
+            layer by layer, to see which errors matter.
+        calibration: a file with text (`.txt`, `.jsonl`) or token ids (`.npy`, `.safetensors`); None is a
+            short text that comes along.
+        length: tokens of a calibration sequence; None goes by how many there are, up to 2,048.
+        max_tokens: of all calibration sequences.
+        damping: of "gptq": what is added to a Hessian's diagonal, as a part of its mean.
+        dtype: "F32" or "BF16", of the forward pass; None is BF16 on a GPU.
+        memory: bytes that hidden states may take in memory before they go to a file.
+        save_every: layers after which a calibrated run can go on where it was interrupted.
         device: "auto", "cpu", "cuda" or "cuda:0,1"; the bytes written are the same.
         workers: shards worked on at once.
         max_shard_size: bytes of tensors in an output shard; None keeps the source's boundaries.
@@ -158,6 +109,18 @@ def quantize_int4(
     """
     hub = HubOptions(keep_source, as_target(push), keep_output)
     options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
+    calibrating = calibrating_of(
+        method,
+        data=None if calibration is None else Path(calibration),
+        length=length,
+        max_tokens=max_tokens,
+        damping=damping,
+        dtype=dtype,
+        memory=memory,
+        save_every=save_every,
+        device=device,
+        ranks=ranks,
+    )
     opened = open_quantize_int4(
         pinned(source, destination),
         layout=layout,
@@ -171,28 +134,9 @@ def quantize_int4(
         mtp=mtp,
         max_shard_size=max_shard_size,
         partial=partial,
+        calibrating=calibrating,
     )
     return carry_out(opened, destination, options, on_plan)
-
-
-@contextmanager
-def open_quantize_int8(
-    source: SourceLike,
-    *,
-    scheme: str = "channel",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    mtp: str = "quantize",
-    max_shard_size: int | None = None,
-    partial: bool = False,
-) -> Iterator[Opened]:
-    """Opens what `quantize_int8` reads, and plans it; see `open_fp8_to_bf16`."""
-    options = INT8Options(
-        include=patterns("include", include), exclude=patterns("exclude", exclude), mtp=mtp, scheme=scheme
-    )
-    with Checkpoint(source) as checkpoint:
-        plan = plan_int8(checkpoint, options, max_shard_size=max_shard_size, partial=partial)
-        yield plan, {SOURCE: checkpoint}
 
 
 @contextmanager
@@ -210,8 +154,12 @@ def open_quantize_int4(
     mtp: str = "quantize",
     max_shard_size: int | None = None,
     partial: bool = False,
+    calibrating: Calibrating | None = None,
 ) -> Iterator[Opened]:
-    """Opens what `quantize_int4` reads, and plans it; see `open_fp8_to_bf16`."""
+    """Opens what `quantize_int4` reads, and plans it; see `open_fp8_to_bf16`.
+
+    The third thing that it gives is what makes weights, if it is `calibrating`.
+    """
     options = INT4Options(
         include=patterns("include", include),
         exclude=patterns("exclude", exclude),
@@ -223,6 +171,12 @@ def open_quantize_int4(
         activations=activations,
         rest=rest,
     )
-    with Checkpoint(source) as checkpoint:
-        plan = plan_int4(checkpoint, options, max_shard_size=max_shard_size, partial=partial)
-        yield plan, {SOURCE: checkpoint}
+    with opened_with(source, calibrating) as (checkpoint, prepared):
+        plan = plan_int4(
+            checkpoint,
+            options,
+            max_shard_size=max_shard_size,
+            partial=partial,
+            calibration=None if prepared is None else prepared.record(),
+        )
+        yield plan, {SOURCE: checkpoint}, None if prepared is None else prepared.maker(plan, checkpoint)

@@ -1,0 +1,286 @@
+"""Quantizes a model layer by layer, and runs the quantized layer to get the inputs of the next.
+
+All hidden states go through attention and router once; then the layer's weights are quantized, the experts
+one at a time; then the hidden states go through what has been written, so that later layers make up for
+earlier ones. Nothing is kept of a layer but its hidden states. Ranks divide experts by their tokens, and
+blocks of sequences; what they compute does not depend on who does.
+
+
+Shape suffixes: B sequences, L tokens of a sequence.
+"""
+# ruff: noqa: N806 (shape suffixes are capitals)
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.names import parse_name
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.conversion.making import Made, MadeWeights, Place, made_shard
+from dsv3_tools.conversion.plan import Plan, ShardPlan, Step
+from dsv3_tools.conversion.progress import Meter
+from dsv3_tools.conversion.quantization import is_made
+from dsv3_tools.errors import UsageError
+from dsv3_tools.model.parallel import RankGroup
+from dsv3_tools.model.settings import Settings
+from dsv3_tools.model.transformer import Transformer
+from dsv3_tools.quantize.figures import LayerFigures
+from dsv3_tools.quantize.host import HostBuffers
+from dsv3_tools.quantize.layer_work import LayerWork
+from dsv3_tools.quantize.progress import (
+    load_figures,
+    load_states,
+    save_figures,
+    save_states,
+    saved_layers,
+)
+from dsv3_tools.quantize.recipe import Recipe
+from dsv3_tools.quantize.report import REPORT_NAME, encode_report
+from dsv3_tools.quantize.states import States, choose_place
+from dsv3_tools.quantize.tokens import Calibration
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Calibrator"]
+
+_EMBEDDED_AT_ONCE = 1 << 17
+"""Tokens for which the rows of the embedding are read together."""
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Makes the weights of a calibrated plan; see `making.Maker`.
+
+    Attributes:
+        plan: with steps that `is_made` is true of.
+        checkpoint: the source, open.
+        calibration: tokens.
+        recipe: what is done.
+        dtype: "F32" or "BF16", of the forward pass.
+        memory: bytes of memory that hidden states may take; None is a part of what is free.
+        save_every: layers after which hidden states are saved.
+    """
+
+    plan: Plan
+    checkpoint: Checkpoint
+    calibration: Calibration
+    recipe: Recipe
+    dtype: str
+    memory: int | None = None
+    save_every: int = 4
+
+    @property
+    def states_nbytes(self) -> int:
+        """Bytes of the hidden states of all tokens."""
+        settings = Settings.from_json(self.checkpoint.config_json, self.checkpoint.where(CONFIG_NAME))
+        width = 2 if self.dtype == "BF16" else 4
+        return self.calibration.tokens_BL.numel() * settings.dims.hidden_size * width
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Hidden states as they are saved, while those saved before are still there; and as a mapped file."""
+        return 3 * self.states_nbytes
+
+    @property
+    def layers(self) -> dict[int, dict[str, Step]]:
+        """The steps whose codes are made, by layer and by the weight's name."""
+        found: dict[int, dict[str, Step]] = {}
+        for shard in self.plan.shards:
+            for step in filter(is_made, shard.steps):
+                layer, name = _weight_of(step)
+                found.setdefault(layer, {})[name] = step
+        return dict(sorted(found.items()))
+
+    def make(self, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
+        """Yields the missing shards, layer by layer; see `making.Maker`."""
+        import torch
+
+        names = {shard.name for shard in missing}
+        plain = [shard for shard in missing if not any(map(is_made, shard.steps))]
+        if plain:
+            yield Made(plain)
+        if len(plain) == len(missing):
+            return
+        device = torch.device(place.device)
+        with _deterministic(device), torch.no_grad(), _memory_errors(place.device):
+            ranks = RankGroup.join(device)
+            if place.ranks.is_first:
+                place.folder.mkdir(exist_ok=True)
+            place.ranks.agree()
+            yield from _Run(self, place, ranks, device, names).batches()
+
+    def files(self, place: Place) -> dict[str, bytes]:
+        """Returns the report of all layers."""
+        return {REPORT_NAME: encode_report(self._record(), load_figures(place.folder, self.layers))}
+
+    def _record(self) -> Mapping[str, object]:
+        return {
+            "operation": self.plan.operation,
+            "recipe": dict(self.recipe.record()),
+            "calibration": dict(self.calibration.record()),
+        }
+
+
+class _Run:
+    """One pass through the layers."""
+
+    def __init__(
+        self, made: Calibrator, place: Place, ranks: RankGroup, device: torch.device, missing: set[str]
+    ) -> None:
+        self._made = made
+        self._place = place
+        self._ranks = ranks
+        self._device = device
+        self._missing = missing
+        self._steps = made.layers
+        self._model = Transformer(made.checkpoint, device=device, dtype=made.dtype, through_bf16=True)
+        self._model.check()
+        self._figures = load_figures(place.folder, self._steps)
+        self._where = choose_place(made.states_nbytes, device, made.memory, ranks.processes_here)
+        nbytes = sum(self._source_nbytes(number) for number in self._steps)
+        self._host = HostBuffers(device)
+        self._meter = Meter(nbytes, len(self._steps), place.on_progress)
+
+    def batches(self) -> Iterator[Made]:
+        """Yields the shards of every layer, and saves hidden states between them."""
+        main = self._model.settings.dims.num_hidden_layers
+        last = max(self._steps)
+        first, states = self._begin()
+        for number in range(first, min(main, last + 1)):
+            yield from self._layer(number, states)
+            following = number + 1
+            if following % self._made.save_every == 0 and following < min(main, last + 1):
+                yield Made()
+                self._save(following, states)
+        for index, number in enumerate(self._model.mtp_layers):
+            if any(later >= number for later in self._steps):
+                states = self._mtp_input(index, states)
+                yield from self._layer(number, states)
+
+    def _begin(self) -> tuple[int, States]:
+        """Returns the layer to begin with, and the hidden states before it."""
+        tokens_BL = self._made.calibration.tokens_BL
+        shape = (*tokens_BL.shape, self._model.settings.dims.hidden_size)
+        states = States.make(
+            shape,
+            self._model.dtype,
+            place=self._where,
+            folder=self._place.folder,
+            device=self._device,
+            ranks=self._ranks,
+            split=self._made.calibration.num_train,
+        )
+        for number in saved_layers(self._place.folder):
+            if all(self._is_done(layer) for layer in self._steps if layer < number):
+                load_states(self._place.folder, number, states.values_BLD)
+                for layer in self._steps:
+                    if layer < number:
+                        self._meter.add(self._source_nbytes(layer), shards=1)
+                return number, states
+        step = max(1, _EMBEDDED_AT_ONCE // tokens_BL.shape[1])
+        for start in range(0, len(tokens_BL), step):
+            rows = slice(start, start + step)
+            states.values_BLD[rows].copy_(self._model.embed(tokens_BL[rows]))
+        return 0, states
+
+    def _mtp_input(self, index: int, states: States) -> States:
+        """Returns what an MTP layer gets: the states of the layer before, and the tokens that come next."""
+        mtp = self._model.mtp(index)
+        (joining,) = mtp.orders()
+        join = mtp.join(self._model.read(joining.unit))
+        length = states.values_BLD.shape[1] - 1
+        joined = states.like(self._place.folder, self._where, length)
+        next_BL = self._made.calibration.tokens_BL[:, index + 1 :]
+        for rows in states.own_blocks():
+            (block,) = join([states.block(rows)[:, :-1].contiguous()], next_BL[rows])
+            joined.values_BLD[rows].copy_(block)
+        joined.share()
+        return joined
+
+    def _layer(self, number: int, states: States) -> Iterator[Made]:
+        """Yields the shards of a layer, then takes the hidden states through it."""
+        steps = self._steps.get(number, {})
+        work = LayerWork(self._model, number, steps, self._made.recipe, self._place, self._ranks)
+        if steps and self._is_done(number) and work.load(self._shards(number)):
+            work.forward(states)
+            self._meter.add(self._source_nbytes(number))
+        else:
+            matrices, expert_tokens, output_error = work.quantize(states, self._meter)
+            if steps:
+                figures = LayerFigures(number, tuple(matrices), expert_tokens, output_error)
+                if self._place.ranks.is_first:
+                    save_figures(self._place.folder, figures)
+                shards = [shard for shard in self._shards(number) if shard.name in self._missing]
+                yield Made(
+                    [made_shard(shard, is_made) for shard in shards], MadeWeights(work.made_parts(self._host))
+                )
+        if steps:
+            self._meter.add(0, shards=1)
+
+    def _is_done(self, number: int) -> bool:
+        """Whether an earlier run has written all of a layer."""
+        written = all(shard.name not in self._missing for shard in self._shards(number))
+        return written and number in self._figures
+
+    def _shards(self, number: int) -> list[ShardPlan]:
+        return [
+            shard
+            for shard in self._made.plan.shards
+            if any(is_made(step) and _weight_of(step)[0] == number for step in shard.steps)
+        ]
+
+    def _source_nbytes(self, number: int) -> int:
+        steps = self._steps[number].values()
+        return sum(spec.nbytes for step in steps for spec in step.input_specs(step.shape).values())
+
+    def _save(self, number: int, states: States) -> None:
+        if self._place.ranks.is_first:
+            save_states(self._place.folder, number, states.values_BLD)
+        self._place.ranks.agree()
+
+
+def _weight_of(step: Step) -> tuple[int, str]:
+    """Returns a step's layer, and the name of its weight in an unquantized checkpoint."""
+    parsed = parse_name(step.weight.name)
+    assert parsed is not None and parsed.layer is not None
+    return parsed.layer, f"{parsed.prefix}.weight"
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Has torch compute the same sums whatever the machine: one thread on a CPU, no TF32 on a GPU."""
+    import torch
+
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _memory_errors(device: str) -> Iterator[None]:
+    """Turns running out of a GPU's memory into advice.
+
+    Raises:
+        UsageError: there was not enough.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device}: out of memory: take fewer tokens (--max-tokens), keep hidden states elsewhere "
+            f"(--memory 1GB), or use a larger GPU ({error})"
+        ) from error

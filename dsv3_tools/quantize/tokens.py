@@ -1,0 +1,92 @@
+"""Calibration data: tokens from a file of ids or text, in sequences of one length, and which are held out.
+
+Shape suffixes: B sequences, L tokens of a sequence.
+"""
+# ruff: noqa: N806, N815 (shape suffixes are capitals)
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.errors import UsageError
+from dsv3_tools.model.tokenizer import TOKENIZER_FILES
+from dsv3_tools.model.tokens import read_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LENGTHS", "Calibration", "read_calibration"]
+
+LENGTHS = (2048, 1024, 512, 256)
+"""Tokens of a sequence that is cut from a text: the first of which there are ten, or the last."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Sequences of one length, those for Hessians first.
+
+    Attributes:
+        tokens_BL: int64 ids.
+        num_train: sequences that Hessians are of; those after them are held out.
+        source: for people: "text.txt, 512 x 2048".
+    """
+
+    tokens_BL: Tensor
+    num_train: int
+    source: str
+
+    def record(self) -> Mapping[str, Any]:
+        """Returns what goes into plan and manifest: sizes, and a digest of the ids."""
+        count, length = self.tokens_BL.shape
+        digest = hashlib.sha256(self.tokens_BL.contiguous().numpy().tobytes()).hexdigest()
+        return {"sequences": count, "length": length, "held_out": count - self.num_train, "sha256": digest}
+
+
+def read_calibration(
+    checkpoint: Checkpoint,
+    file: Path | None,
+    *,
+    length: int | None,
+    max_tokens: int | None,
+    held_out: int,
+) -> Calibration:
+    """Returns calibration data.
+
+    Args:
+        checkpoint: whose tokenizer makes ids of text.
+        file: `.txt` (UTF-8), `.jsonl` (objects with "text", "messages" or "input_ids"), `.npy` or
+            `.safetensors` (ids, in one or two dimensions); None is the text that comes along.
+        length: tokens of a sequence; None goes by `LENGTHS` for what is cut from a stream.
+        max_tokens: of all sequences together.
+        held_out: every so manyth sequence stays out of Hessians; with fewer, the last one.
+
+    Raises:
+        CheckpointError: a file cannot be used, or has ids that the model does not.
+        UsageError: options that make no sense.
+    """
+    import torch
+
+    given = read_tokens(
+        checkpoint.folder_of(TOKENIZER_FILES),
+        tokens=file if file is not None and file.suffix in (".npy", ".safetensors") else None,
+        text=None if file is None or file.suffix in (".npy", ".safetensors") else file,
+        length=length,
+        max_tokens=max_tokens,
+        vocab_size=checkpoint.config.vocab_size,
+        lengths=LENGTHS,
+    )
+    count = len(given.batch_BL)
+    if count < 2:
+        raise UsageError(
+            f"{given.source}: got {count} sequence, expected at least 2, for one is held out; give "
+            "more text, or a smaller --length"
+        )
+    numbers = torch.arange(count)
+    is_held = (numbers + 1) % held_out == 0 if count >= held_out else numbers == count - 1
+    ordered_BL = torch.cat([given.batch_BL[~is_held], given.batch_BL[is_held]])
+    return Calibration(ordered_BL, int((~is_held).sum()), given.source)
