@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 import dsv3_tools
@@ -32,9 +36,11 @@ from dsv3_tools.formats.stored import find_weights, read_formats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from miniature.data import BOS_ID, read_corpus  # noqa: E402
 from miniature.export import from_released  # noqa: E402
 from miniature.model import evaluate, predict  # noqa: E402
 
+CALIBRATION_TOKENS = 512 * 256
 SOURCE = ROOT / "miniature" / "checkpoint"
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
@@ -49,6 +55,29 @@ def _int4(**options: Any) -> Make:
     return lambda out: dsv3_tools.quantize_int4(SOURCE, out, device="cpu", **options)
 
 
+def _calibrated(method: str, **options: Any) -> Make:
+    def make(out: Path) -> None:
+        _int4(method=method, calibration=calibration_file(), length=256, **options)(out)
+
+    return make
+
+
+@lru_cache(maxsize=1)
+def calibration_file() -> Path:
+    """Returns 512 x 256 token ids of what the model was trained on: nothing that is held out."""
+    tokenizer = Tokenizer.from_file(str(SOURCE / "tokenizer.json"))
+    texts = list(read_corpus().train)
+    random.Random(0).shuffle(texts)
+    ids: list[int] = []
+    for text in texts:
+        ids += [BOS_ID, *tokenizer.encode(text, add_special_tokens=False).ids[:4096]]
+        if len(ids) >= CALIBRATION_TOKENS:
+            break
+    path = Path(tempfile.mkdtemp()) / "calibration.npy"
+    np.save(path, np.array(ids[:CALIBRATION_TOKENS], np.int32).reshape(-1, 256))
+    return path
+
+
 FORMATS: dict[str, Make | None] = {
     "FP8 blocks (as released)": None,
     "BF16": lambda out: dsv3_tools.convert_fp8_to_bf16(SOURCE, out, device="cpu"),
@@ -56,6 +85,8 @@ FORMATS: dict[str, Make | None] = {
     "INT8 channels": _int8(scheme="channel"),
     "INT4 g128, absmax": _int4(scale_search="absmax"),
     "INT4 g128, MSE": _int4(),
+    "INT4 g128, weighted": _calibrated("rtn-weighted"),
+    "INT4 g128, GPTQ": _calibrated("gptq"),
     "INT4 g64, MSE": _int4(group_size=64),
     "INT4 g32, MSE": _int4(group_size=32),
     "INT4 g32, MSE, asymmetric": _int4(group_size=32, symmetric=False),

@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.reader import Checkpoint
+from dsv3_tools.cli.calibration import print_forecast, print_report
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
 from dsv3_tools.cli.progress import shown_progress
@@ -24,6 +25,7 @@ from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.serving import engine_verdicts
 from dsv3_tools.conversion.together import Part, preview_together
 from dsv3_tools.errors import DestinationError
+from dsv3_tools.quantize.report import REPORT_NAME, read_report
 
 __all__ = ["execute", "execute_together"]
 
@@ -79,11 +81,13 @@ def _carry_out(
         for part, one in zip(parts, found, strict=True):
             _print_plan(part.plan, " + ".join(str(c.source) for c in checkpoints.values()), part.destination)
             if dry_run:
+                if part.maker is not None:
+                    print_forecast(part.maker.forecast(one.devices[0], ranks.world_size))
                 _print_preview(part.plan, one, options.hub)
     if dry_run:
         if problem is not None:
             raise problem
-        return [_plan_json(p.plan, source, p.destination, one) for p, one in zip(parts, found, strict=True)]
+        return [_plan_json(part, source, one, ranks) for part, one in zip(parts, found, strict=True)]
     said = []
     with stop_on_signals() as stop:
         for part in parts:
@@ -94,7 +98,14 @@ def _carry_out(
                 said.append(_result_json(part.plan, result))
                 if not as_json:
                     _print_result(result)
+                    print_report(_report(part))
     return said
+
+
+def _report(part: Part) -> dict[str, Any]:
+    """Returns the report of a calibrated run; empty after any other."""
+    path = part.destination / REPORT_NAME
+    return {} if part.maker is None or not path.exists() else read_report(path.read_bytes())
 
 
 def _result_json(plan: Plan, result: RunResult) -> dict[str, Any]:
@@ -103,12 +114,14 @@ def _result_json(plan: Plan, result: RunResult) -> dict[str, Any]:
     return found | {"manifest": str(result.manifest), "engines": engines}
 
 
-def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview) -> dict[str, Any]:
+def _plan_json(part: Part, source: Checkpoint, found: Preview, ranks: Ranks) -> dict[str, Any]:
+    plan, maker = part.plan, part.maker
+    forecast = None if maker is None else dict(maker.forecast(found.devices[0], ranks.world_size))
     return {
         "operation": plan.operation,
         "options": dict(plan.options),
         "source": str(source.source),
-        "destination": str(destination),
+        "destination": str(part.destination),
         "nbytes_in": plan.nbytes_in,
         "nbytes_out": plan.nbytes_out,
         "payload_nbytes_out": plan.payload_nbytes,
@@ -131,6 +144,7 @@ def _plan_json(plan: Plan, source: Checkpoint, destination: Path, found: Preview
         "host_nbytes": found.host_nbytes,
         "engines": jsonable(engine_verdicts(plan)),
         "notes": list(plan.notes),
+        **({} if forecast is None else {"calibration": forecast}),
     }
 
 

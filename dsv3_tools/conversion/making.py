@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv3_tools.conversion.buffers import as_bytes
 from dsv3_tools.conversion.plan import ShardPlan, Step, TensorRef
@@ -90,6 +90,9 @@ class Maker(Protocol):
     @property
     def scratch_nbytes(self) -> int:
         """The most that is in its folder at once."""
+
+    def forecast(self, device: str, world_size: int) -> Mapping[str, Any]:
+        """Returns what making the weights will take, by name; may try the device for a few seconds."""
 
     def make(self, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
         """Yields all of the `missing` shards, some at a time, in the same order on every rank.

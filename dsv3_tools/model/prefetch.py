@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,7 +36,7 @@ class _Ahead(NamedTuple):
 
 
 class Readers:
-    """Threads that read, with their pinned memory: to be kept, for making them takes longer than a layer.
+    """Threads that read, with their pinned memory, until the context ends.
 
     Args:
         device: where weights go.
@@ -49,7 +48,12 @@ class Readers:
         self.reader = make_reader(device)
         is_cpu = device.type == "cpu"
         self.pool = ThreadPoolExecutor(count, "dsv3-read", _use_one_thread if is_cpu else None)
-        weakref.finalize(self, self.pool.shutdown, wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Prefetcher:

@@ -19,7 +19,7 @@ Shape suffixes: B sequences, L tokens of a sequence, T = B x L, D hidden, V voca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -109,8 +109,8 @@ class Transformer:
         )
         self._ropes = Ropes(self.settings, self.device)
         self._budget = budget or ((4 << 30) if self.device.type == "cuda" else (1 << 30))
-        count = threads or reading_threads(self.device.type, self.ranks.processes_here)
-        self._readers = Readers(self.device, count)
+        self._threads = threads or reading_threads(self.device.type, self.ranks.processes_here)
+        self._kept: Readers | None = None
 
     @property
     def mtp_layers(self) -> range:
@@ -217,8 +217,19 @@ class Transformer:
     @contextmanager
     def reading(self, orders: Sequence[Order]) -> Iterator[Prefetcher]:
         """Reads units ahead in this order."""
-        with Prefetcher(self._source, orders, budget=self._budget, readers=self._readers) as weights:
-            yield weights
+        with ExitStack() as stack:
+            readers = self._kept or stack.enter_context(Readers(self.device, self._threads))
+            yield stack.enter_context(Prefetcher(self._source, orders, budget=self._budget, readers=readers))
+
+    @contextmanager
+    def keeping_readers(self) -> Iterator[None]:
+        """Has all `reading` inside share threads and pinned memory, which take a second to make."""
+        with Readers(self.device, self._threads) as readers:
+            self._kept = readers
+            try:
+                yield
+            finally:
+                self._kept = None
 
     def read(self, unit: Unit) -> dict[str, Tensor]:
         """Returns the decoded weights of one unit."""

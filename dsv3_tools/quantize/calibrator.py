@@ -12,10 +12,10 @@ Shape suffixes: B sequences, L tokens of a sequence.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.names import parse_name
@@ -24,11 +24,12 @@ from dsv3_tools.conversion.making import Made, MadeWeights, Place, made_shard
 from dsv3_tools.conversion.plan import Plan, ShardPlan, Step
 from dsv3_tools.conversion.progress import Meter
 from dsv3_tools.conversion.quantization import is_made
-from dsv3_tools.errors import UsageError
 from dsv3_tools.model.parallel import RankGroup
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.transformer import Transformer
+from dsv3_tools.quantize.arithmetic import check_finite, deterministic, memory_errors
 from dsv3_tools.quantize.figures import LayerFigures
+from dsv3_tools.quantize.forecast import forecast, measure
 from dsv3_tools.quantize.host import HostBuffers
 from dsv3_tools.quantize.layer_work import LayerWork
 from dsv3_tools.quantize.progress import (
@@ -96,6 +97,31 @@ class Calibrator:
                 found.setdefault(layer, {})[name] = step
         return dict(sorted(found.items()))
 
+    def forecast(self, device: str, world_size: int) -> Mapping[str, Any]:
+        """Returns what a run will take; see `forecast.Forecast`."""
+        import torch
+
+        from dsv3_tools.model.numerics import compute_dtype
+
+        where, weights = torch.device(device), _matrices(self.layers)
+        with deterministic(where), torch.no_grad():
+            speeds = measure(where, compute_dtype(self.dtype), max(columns for _, columns, _ in weights))
+        dims = self.checkpoint.config
+        found = forecast(
+            dims,
+            weights=weights,
+            num_layers=len(dims.main_layers) + len([n for n in self.layers if n not in dims.main_layers]),
+            tokens=self.calibration.tokens_BL.numel(),
+            states_place=choose_place(self.states_nbytes, where, self.memory, 1),
+            value_nbytes=2 if self.dtype == "BF16" else 4,
+            disk_nbytes=self.plan.nbytes_in + self.plan.nbytes_out,
+            speeds=speeds,
+            is_gptq=self.recipe.method == "gptq",
+            world_size=world_size,
+            device_type=where.type,
+        )
+        return {**asdict(found), "tokens": self.calibration.source}
+
     def make(self, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
         """Yields the missing shards, layer by layer; see `making.Maker`."""
         import torch
@@ -107,7 +133,7 @@ class Calibrator:
         if len(plain) == len(missing):
             return
         device = torch.device(place.device)
-        with _deterministic(device), torch.no_grad(), _memory_errors(place.device):
+        with deterministic(device), torch.no_grad(), memory_errors(place.device):
             ranks = RankGroup.join(device)
             if place.ranks.is_first:
                 place.folder.mkdir(exist_ok=True)
@@ -148,6 +174,10 @@ class _Run:
 
     def batches(self) -> Iterator[Made]:
         """Yields the shards of every layer, and saves hidden states between them."""
+        with self._model.keeping_readers():
+            yield from self._all_layers()
+
+    def _all_layers(self) -> Iterator[Made]:
         main = self._model.settings.dims.num_hidden_layers
         last = max(self._steps)
         first, states = self._begin()
@@ -219,6 +249,7 @@ class _Run:
                 yield Made(
                     [made_shard(shard, is_made) for shard in shards], MadeWeights(work.made_parts(self._host))
                 )
+        check_finite(states, number)
         if steps:
             self._meter.add(0, shards=1)
 
@@ -244,43 +275,19 @@ class _Run:
         self._place.ranks.agree()
 
 
+def _matrices(layers: Mapping[int, Mapping[str, Step]]) -> list[tuple[int, int, int]]:
+    """Returns rows and columns of what is quantized together, and how often; gate and up are one."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for steps in layers.values():
+        for name, step in steps.items():
+            rows, columns = step.shape
+            if not name.endswith(".up_proj.weight"):
+                counts[rows * (2 if name.endswith(".gate_proj.weight") else 1), columns] += 1
+    return [(*shape, count) for shape, count in counts.items()]
+
+
 def _weight_of(step: Step) -> tuple[int, str]:
     """Returns a step's layer, and the name of its weight in an unquantized checkpoint."""
     parsed = parse_name(step.weight.name)
     assert parsed is not None and parsed.layer is not None
     return parsed.layer, f"{parsed.prefix}.weight"
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Has torch compute the same sums whatever the machine: one thread on a CPU, no TF32 on a GPU."""
-    import torch
-
-    threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _memory_errors(device: str) -> Iterator[None]:
-    """Turns running out of a GPU's memory into advice.
-
-    Raises:
-        UsageError: there was not enough.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"{device}: out of memory: take fewer tokens (--max-tokens), keep hidden states elsewhere "
-            f"(--memory 1GB), or use a larger GPU ({error})"
-        ) from error

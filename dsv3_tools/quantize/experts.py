@@ -19,7 +19,7 @@ from dsv3_tools.model.layer import Layer
 from dsv3_tools.model.mlp import MLP_PARTS, activation
 from dsv3_tools.model.moe import Assignment, Routes, assign
 from dsv3_tools.quantize.coding import Memory, baseline, grid_of, store
-from dsv3_tools.quantize.figures import MatrixFigures
+from dsv3_tools.quantize.figures import Measured
 from dsv3_tools.quantize.gram import Gram, shrink
 from dsv3_tools.quantize.matrix import Coded, factorize, quantize_matrix
 from dsv3_tools.quantize.recipe import Recipe
@@ -94,11 +94,15 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class ExpertResult:
-    """A quantized expert: its parts, and what is known of it."""
+    """A quantized expert: its parts, and what is known of it.
+
+    `nonfinite` counts elements of the weights that are NaN or infinite, on the device; there should be none.
+    """
 
     memory: Memory
-    figures: tuple[MatrixFigures, ...]
-    output_error: tuple[float, float]
+    measured: tuple[Measured, ...]
+    nonfinite: Mapping[str, Tensor]
+    output_error: tuple[Tensor, Tensor]
 
 
 def quantize_expert(
@@ -149,7 +153,8 @@ def quantize_expert(
     made = [(activation(x_TD, quantized), counts_T1) for x_TD, counts_T1 in held]
     name = f"experts.{expert}.down_proj"
     second = _figures(name, below.tokens, made, weights[down], quantized[down], formats[down], coded)
-    return ExpertResult(memory, (first, second), _output_error(weights, quantized, held))
+    nonfinite = {name: (~torch.isfinite(weight)).sum() for name, weight in weights.items()}
+    return ExpertResult(memory, (first, second), nonfinite, _output_error(weights, quantized, held))
 
 
 def spread(loads: Sequence[float], world_size: int) -> list[list[int]]:
@@ -181,48 +186,44 @@ def _figures(
     quantized_NK: Tensor,
     fmt: Format,
     coded: Coded,
-) -> MatrixFigures:
+) -> Measured:
     """Returns how far off a weight's outputs are for tokens that were held out."""
-    error = absmax_error = signal = 0.0
+    import torch
+
+    error = absmax_error = signal = torch.zeros((), dtype=torch.float64, device=weight_NK.device)
     plain = baseline(fmt)
     if held:
         rounded_NK = decode({"": (plain, plain.encode(weight_NK))}, quantized_NK.dtype)[""]
         original_NK = weight_NK.to(quantized_NK.dtype)
         for x_TK, counts_T1 in held:
             right_TN = (x_TK @ original_NK.t()).float()
-            signal += _weighted(right_TN, counts_T1)
-            error += _weighted(right_TN - (x_TK @ quantized_NK.t()).float(), counts_T1)
-            absmax_error += _weighted(right_TN - (x_TK @ rounded_NK.t()).float(), counts_T1)
+            signal = signal + _weighted(right_TN, counts_T1)
+            error = error + _weighted(right_TN - (x_TK @ quantized_NK.t()).float(), counts_T1)
+            absmax_error = absmax_error + _weighted(right_TN - (x_TK @ rounded_NK.t()).float(), counts_T1)
     count = sum(len(x_TK) for x_TK, _ in held)
-    return MatrixFigures(
-        name,
-        weight_NK.shape[1],
-        tokens,
-        count,
-        error,
-        absmax_error,
-        signal,
-        coded.predicted_gain,
-        coded.damping,
-    )
+    sums = error, absmax_error, signal
+    return Measured(name, weight_NK.shape[1], tokens, count, sums, coded.predicted_gain, coded.damping)
 
 
 def _output_error(
     weights: Mapping[str, Tensor],
     quantized: Mapping[str, Tensor],
     held: Sequence[tuple[Tensor, Tensor]],
-) -> tuple[float, float]:
+) -> tuple[Tensor, Tensor]:
     """Returns the squared error of a whole expert's weighted outputs, and their squares."""
+    import torch
+
     from dsv3_tools.model.mlp import gated_mlp
 
-    error = signal = 0.0
+    device = next(iter(weights.values())).device
+    error = signal = torch.zeros((), dtype=torch.float64, device=device)
     original = {name: weight.to(quantized[name].dtype) for name, weight in weights.items()}
     for x_TD, counts_T1 in held:
         right_TD = gated_mlp(x_TD, original)
-        error += _weighted(right_TD - gated_mlp(x_TD, quantized), counts_T1)
-        signal += _weighted(right_TD, counts_T1)
+        error = error + _weighted(right_TD - gated_mlp(x_TD, quantized), counts_T1)
+        signal = signal + _weighted(right_TD, counts_T1)
     return error, signal
 
 
-def _weighted(values_TN: Tensor, counts_T1: Tensor) -> float:
-    return float((values_TN.square().sum(1, keepdim=True) * counts_T1).sum())
+def _weighted(values_TN: Tensor, counts_T1: Tensor) -> Tensor:
+    return (values_TN.square().sum(1, keepdim=True) * counts_T1).double().sum()

@@ -7,9 +7,12 @@ out" are tokens that no Hessian has seen.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LayerFigures", "MatrixFigures"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LayerFigures", "MatrixFigures", "Measured"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,38 @@ class MatrixFigures:
     signal: float
     predicted_gain: float
     damping: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What becomes `MatrixFigures` when the device is done: nobody waits for it before.
+
+    Attributes:
+        sums: error, absmax error and signal, each a number on the device.
+    """
+
+    name: str
+    inputs: int
+    tokens: int
+    held_out_tokens: int
+    sums: tuple[Tensor, Tensor, Tensor]
+    predicted_gain: Tensor
+    damping: float | None
+
+    def figures(self) -> MatrixFigures:
+        """Returns the numbers."""
+        error, absmax_error, signal = (float(one) for one in self.sums)
+        return MatrixFigures(
+            self.name,
+            self.inputs,
+            self.tokens,
+            self.held_out_tokens,
+            error,
+            absmax_error,
+            signal,
+            float(self.predicted_gain),
+            self.damping,
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Gram", "shrink", "square"]
 
+_LEAST = 1e-30
+"""In place of a weight of zero."""
+
 
 class Gram:
     """The sum of x x' over tokens, each counting with a weight of its own.
@@ -26,7 +29,7 @@ class Gram:
 
     Attributes:
         sum_KK: float32, symmetric.
-        weight: what all tokens have counted.
+        weight: what all tokens have counted, on the device: nothing waits for it.
         tokens: how many there were.
     """
 
@@ -34,7 +37,7 @@ class Gram:
         import torch
 
         self.sum_KK = torch.zeros((size, size), dtype=torch.float32, device=device)
-        self.weight = 0.0
+        self.weight = torch.zeros((), dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, x_TK: Tensor, weights_T1: Tensor | None = None) -> None:
@@ -45,18 +48,13 @@ class Gram:
         if weights_T1 is None:
             self.weight += len(x_TK)
         else:
-            self.weight += float(weights_T1.sum())
+            self.weight += weights_T1.sum()
             x_TK = (x_TK.float() * weights_T1.sqrt()).to(x_TK.dtype)
         self.sum_KK += square(x_TK)
 
-    @property
-    def trace(self) -> float:
-        """The mean's trace; 0 without tokens."""
-        return float(self.sum_KK.trace()) / max(self.weight, 1e-30)
-
     def mean(self) -> Tensor:
         """Returns the mean over tokens `[K, K]`; zeros without any."""
-        return self.sum_KK / max(self.weight, 1e-30)
+        return self.sum_KK / self.weight.clamp(min=_LEAST)
 
 
 def shrink(own: Gram, layer: Gram) -> Tensor:
@@ -69,9 +67,10 @@ def shrink(own: Gram, layer: Gram) -> Tensor:
         return layer.mean()
     size = len(own.sum_KK)
     share = size / (size + own.tokens)
-    ratio = own.trace / max(layer.trace, 1e-30)
-    mean_KK = own.sum_KK * ((1.0 - share) / own.weight)
-    return mean_KK.add_(layer.sum_KK, alpha=share * ratio / layer.weight)
+    weight = own.weight.clamp(min=_LEAST)
+    ratio = own.sum_KK.trace() / layer.sum_KK.trace().clamp(min=_LEAST)
+    mean_KK = own.sum_KK * ((1.0 - share) / weight)
+    return mean_KK.addcmul_(layer.sum_KK, share * ratio / weight)
 
 
 def square(x_TK: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dsv3_tools.checkpoint.files import read_part, read_shard_header
 from dsv3_tools.conversion.making import Place
 from dsv3_tools.conversion.plan import ShardPlan, Step
 from dsv3_tools.conversion.progress import Meter
+from dsv3_tools.errors import CheckpointError
 from dsv3_tools.formats import Format
 from dsv3_tools.model.mlp import gated_mlp
 from dsv3_tools.model.moe import Routes
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["LayerWork"]
+
+_TOKENS_OF_EXPERTS = 32768
+"""Tokens that go through a layer's experts together: each gets as many as are worth decoding it."""
 
 Found = tuple[list[MatrixFigures], tuple[int, ...], tuple[float, float]]
 
@@ -91,7 +95,7 @@ class LayerWork:
             found, tokens, output_error = self._quantize_experts(states, routes, meter)
             figures += found
         self._keep_stored_experts()
-        states.update(lambda block: layer.mlp(block)[0])
+        states.update(lambda block: layer.mlp(block)[0], tokens=_TOKENS_OF_EXPERTS)
         return figures, tokens, output_error
 
     def load(self, shards: Sequence[ShardPlan]) -> bool:
@@ -121,7 +125,7 @@ class LayerWork:
         self._keep_stored_experts()
         layer = self._model.layer(self._number, self._resident)
         states.update(layer.attention)
-        states.update(lambda block: layer.mlp(block)[0])
+        states.update(lambda block: layer.mlp(block)[0], tokens=_TOKENS_OF_EXPERTS)
 
     def made_parts(self, host: HostBuffers) -> dict[str, Tensor]:
         """Returns all quantized parts by tensor name, in host memory."""
@@ -158,6 +162,8 @@ class LayerWork:
 
     def _quantize_unit(self, unit: str, states: States, meter: Meter) -> list[MatrixFigures]:
         """Quantizes linears of attention, dense MLP or shared experts, on the first rank, for all of them."""
+        import torch
+
         names = self._made_names(unit)
         if not names:
             return []
@@ -168,6 +174,9 @@ class LayerWork:
             if not chosen or tapped not in self._units[unit]:
                 continue
             memory = self._new_memory(chosen)
+            _refuse_nonfinite(
+                self._units[unit], {name: (~torch.isfinite(wide[name])).sum() for name in chosen}
+            )
             if self._ranks.rank == 0:
                 seen = self._look(unit, tapped, wide[next(iter(chosen))].shape[1], states)
                 weights = {name: wide[name] for name in chosen}
@@ -186,7 +195,7 @@ class LayerWork:
         is_train = True
         tap = seen.tap(lambda: is_train)
         layer = self._model.layer(self._number, self._resident, tap=tap)
-        for rows in states.blocks:
+        for rows in states.blocks():
             self._place.stop.check()
             is_train = rows.stop <= states.split
             block = states.block(rows)
@@ -201,7 +210,7 @@ class LayerWork:
         import torch
 
         layer = self._model.layer(self._number, self._resident)
-        found = [layer.route(states.block(rows)) for rows in states.blocks]
+        found = [layer.route(states.block(rows)) for rows in states.blocks()]
         return Routes(*(torch.cat(values) for values in zip(*found, strict=True)))
 
     def _quantize_experts(self, states: States, routes: Routes, meter: Meter) -> Found:
@@ -222,13 +231,18 @@ class LayerWork:
                 taken = weights.take(order.key, order.unit)
                 results[order.key] = quantize_expert(order.key, taken, _formats(names), inputs, self._recipe)
                 meter.add(_source_nbytes(names))
+        for expert, result in results.items():
+            _refuse_nonfinite(self._units[expert], result.nonfinite)
         owners = {expert: rank for rank, share in enumerate(shares) for expert in share}
         for expert in self._experts:
             names = self._made_names(expert)
             memory = results[expert].memory if expert in results else self._new_memory(names)
             self._ranks.broadcast_(memory.flat, owners[expert])
             self._keep(expert, memory, names)
-        known = {expert: (result.figures, result.output_error) for expert, result in results.items()}
+        known = {
+            expert: ([one.figures() for one in result.measured], [float(one) for one in result.output_error])
+            for expert, result in results.items()
+        }
         together = {key: value for part in self._place.ranks.agree(known) for key, value in part.items()}
         figures = [one for expert in self._experts for one in together[expert][0]]
         errors, signals = zip(*(together[expert][1] for expert in self._experts), strict=True)
@@ -252,6 +266,20 @@ class LayerWork:
     def _keep(self, key: Hashable, memory: Memory, names: Mapping[str, Step]) -> None:
         self._memories[key] = memory, names
         self._resident.encoded[self._number, key] = _encoded(memory, names)
+
+
+def _refuse_nonfinite(unit: Unit, counts: Mapping[str, Tensor]) -> None:
+    """Refuses weights that no code stands for.
+
+    Raises:
+        CheckpointError: with the first one's name.
+    """
+    for name, count in counts.items():
+        if int(count):
+            raise CheckpointError(
+                f"{unit[name].name}: {int(count)} elements are NaN or infinite, expected finite weights (a "
+                "damaged checkpoint?); a calibrated run cannot go on over them"
+            )
 
 
 def _part(order: Order) -> Hashable:

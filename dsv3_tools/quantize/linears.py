@@ -94,7 +94,7 @@ def quantize_stage(
                 _output_squares(quantized_NK - weight_NK, seen.held_out),
                 _output_squares(rounded_NK - weight_NK, seen.held_out),
                 _output_squares(weight_NK, seen.held_out),
-                coded.predicted_gain,
+                float(coded.predicted_gain),
                 coded.damping,
             )
         )

@@ -51,14 +51,15 @@ class Coded:
         codes_NK: uint8 0 ... levels, in the weight's own order of columns.
         scale_NG: float32, numbers of the grid's scale dtype.
         zero_NG: float32, or None if the grid is symmetric.
-        predicted_gain: how much less output error theory promises than rounding alone; 1 without a factor.
+        predicted_gain: the output error of rounding alone over what theory promises, on the device; 1 without
+            a factor.
         damping: of the factor; None if there was none.
     """
 
     codes_NK: Tensor
     scale_NG: Tensor
     zero_NG: Tensor | None
-    predicted_gain: float = 1.0
+    predicted_gain: Tensor
     damping: float | None = None
 
     def decode(self, grid: Grid) -> Tensor:
@@ -84,9 +85,7 @@ def factorize(hessian_KK: Tensor, damping: float, *, in_order: bool = True) -> F
     import torch
 
     diagonal_K = hessian_KK.diagonal()
-    mean = float(diagonal_K.mean())
-    if not 0.0 < mean < float("inf"):
-        return None
+    mean = diagonal_K.mean()
     count = len(diagonal_K)
     backwards = torch.arange(count - 1, -1, -1, device=hessian_KK.device)
     order = diagonal_K.argsort(descending=True, stable=True) if in_order else backwards.flip(0)
@@ -97,7 +96,7 @@ def factorize(hessian_KK: Tensor, damping: float, *, in_order: bool = True) -> F
         reversed_KK.diagonal().add_((added if attempt == 0 else added / 2) * mean)
         lower_KK, failed = torch.linalg.cholesky_ex(reversed_KK)
         spread_K = lower_KK.diagonal()
-        if not int(failed) and bool(torch.isfinite(spread_K).all()):
+        if bool((failed == 0) & torch.isfinite(spread_K).all() & (mean > 0.0)):
             upper_KK = lower_KK.flip(0, 1).contiguous()  # the library's own order is by columns
             spread_K = spread_K.flip(0)
             return Factor(order, upper_KK.div_(spread_K), spread_K.square(), added)
@@ -117,13 +116,16 @@ def quantize_matrix(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, factor: F
         grid: of the codes.
         factor: has errors made up for; None rounds every weight to the nearest code.
     """
+    import torch
+
     from dsv3_tools.kernels import gptq
 
     scale_NG, zero_NG = gptq.search_scales(weight_NK, hessian_KK.diagonal(), grid)
     if factor is None:
-        return Coded(gptq.nearest_codes(weight_NK, scale_NG, zero_NG, grid), scale_NG, zero_NG)
+        codes_NK = gptq.nearest_codes(weight_NK, scale_NG, zero_NG, grid)
+        return Coded(codes_NK, scale_NG, zero_NG, torch.ones((), device=weight_NK.device))
     codes_NK = _compensated(weight_NK, scale_NG, zero_NG, grid, factor)
-    gain = float(hessian_KK.trace() / factor.variance_K.sum())
+    gain = hessian_KK.trace() / factor.variance_K.sum()
     return Coded(codes_NK, scale_NG, zero_NG, gain, factor.damping)
 
 

@@ -10,9 +10,21 @@ from typing import Any
 
 from dsv3_tools.quantize.figures import LayerFigures, MatrixFigures
 
-__all__ = ["REPORT_NAME", "LayerSummary", "encode_report", "read_report", "summarize"]
+__all__ = [
+    "MAX_REPORT_BYTES",
+    "REPORT_NAME",
+    "KindOverview",
+    "LayerSummary",
+    "encode_report",
+    "overview",
+    "read_report",
+    "summarize",
+]
 
 REPORT_NAME = "dsv3_quantization.json"
+
+MAX_REPORT_BYTES = 200_000_000
+"""A released model's is 15 MB: 30,000 matrices."""
 
 _VERSION = 1
 
@@ -61,7 +73,7 @@ def encode_report(record: Mapping[str, object], layers: Mapping[int, LayerFigure
         ],
         "layers": [asdict(figures) for _, figures in sorted(layers.items())],
     }
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def summarize(layers: Sequence[LayerFigures]) -> list[LayerSummary]:
@@ -107,6 +119,55 @@ def read_report(text: bytes) -> dict[str, Any]:
     """Returns a report; empty if it is not one that is known."""
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return document if isinstance(document, dict) and document.get("report_version") == _VERSION else {}
+    known = isinstance(document, dict) and document.get("report_version") == _VERSION
+    return document if known and isinstance(document.get("summary"), list) else {}
+
+
+@dataclass(frozen=True)
+class KindOverview:
+    """One kind of weight over all layers: means of what `LayerSummary` has, and its extremes."""
+
+    kind: str
+    layers: int
+    num_matrices: int
+    predicted_gain: float
+    gain: float | None
+    error: float | None
+    least_tokens: int
+    few_tokens: int
+    largest_damping: float | None
+    without_factor: int
+
+
+def overview(document: Mapping[str, Any]) -> list[KindOverview]:
+    """Returns a line for each kind of weight, from a report."""
+    kinds: dict[str, list[LayerSummary]] = {}
+    for entry in document.get("summary", ()):
+        try:
+            line = LayerSummary(**entry)
+        except TypeError:  # edited by hand
+            return []
+        kinds.setdefault(line.kind, []).append(line)
+    return [
+        KindOverview(
+            kind=kind,
+            layers=len(lines),
+            num_matrices=sum(line.num_matrices for line in lines),
+            predicted_gain=_mean([line.predicted_gain for line in lines]) or 0.0,
+            gain=_mean([line.gain for line in lines if line.gain is not None]),
+            error=_mean([line.error for line in lines if line.error is not None]),
+            least_tokens=min(line.least_tokens for line in lines),
+            few_tokens=sum(line.few_tokens for line in lines),
+            largest_damping=max(
+                (line.largest_damping for line in lines if line.largest_damping is not None), default=None
+            ),
+            without_factor=sum(line.without_factor for line in lines),
+        )
+        for kind, lines in kinds.items()
+    ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -8,11 +8,11 @@ Shape suffixes: B sequences, L tokens of a sequence, D hidden, T = B x L.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3_tools.model.layer import sequence_chunks
+from dsv3_tools.model.layer import TOKENS_AT_ONCE
 from dsv3_tools.model.parallel import RankGroup
 
 if TYPE_CHECKING:
@@ -107,14 +107,14 @@ class States:
             split=self.split,
         )
 
-    @property
-    def blocks(self) -> list[slice]:
-        """Slices of sequences, of at most `TOKENS_AT_ONCE` tokens each."""
-        halves = (0, self.values_BLD[: self.split]), (self.split, self.values_BLD[self.split :])
+    def blocks(self, tokens: int = TOKENS_AT_ONCE) -> list[slice]:
+        """Returns slices of sequences, of at most so many tokens each, or of one sequence."""
+        count, length = self.values_BLD.shape[:2]
+        step = max(1, tokens // length)
         return [
-            slice(start + part.start, min(start + part.stop, start + len(half)))
-            for start, half in halves
-            for part in sequence_chunks(half)
+            slice(start, min(start + step, end))
+            for begin, end in ((0, self.split), (self.split, count))
+            for start in range(begin, end, step)
         ]
 
     def block(self, rows: slice) -> Tensor:
@@ -126,21 +126,21 @@ class States:
         flat_TD = self.values_BLD.flatten(0, 1)
         return flat_TD.index_select(0, tokens_T.to(flat_TD.device)).to(self.device)
 
-    def own_blocks(self) -> Iterator[slice]:
-        """Yields the blocks that this rank computes."""
-        yield from self.blocks[self._ranks.rank :: self._ranks.world_size]
+    def own_blocks(self, tokens: int = TOKENS_AT_ONCE) -> list[slice]:
+        """Returns the blocks that this rank computes."""
+        return self.blocks(tokens)[self._ranks.rank :: self._ranks.world_size]
 
-    def update(self, change: Callable[[Tensor], Tensor]) -> None:
+    def update(self, change: Callable[[Tensor], Tensor], *, tokens: int = TOKENS_AT_ONCE) -> None:
         """Replaces every block by what `change` makes of it, on the device; each rank computes its own."""
-        for rows in self.own_blocks():
+        for rows in self.own_blocks(tokens):
             self.values_BLD[rows].copy_(change(self.block(rows)))
-        self.share()
+        self.share(tokens)
 
-    def share(self) -> None:
+    def share(self, tokens: int = TOKENS_AT_ONCE) -> None:
         """Gives every rank the blocks that the others have computed."""
         if self._ranks.world_size == 1:
             return
-        for number, rows in enumerate(self.blocks):
+        for number, rows in enumerate(self.blocks(tokens)):
             block = self.block(rows).contiguous()
             self._ranks.broadcast_(block, number % self._ranks.world_size)
             self.values_BLD[rows].copy_(block)

@@ -1,4 +1,4 @@
-"""Calibration's Triton kernels on a GPU, against `reference_gptq.py` there, and a whole run against the CPU's."""
+"""Calibration's Triton kernels on a GPU, against `reference_gptq.py` there; a whole run against the CPU's."""
 
 from __future__ import annotations
 
