@@ -4,11 +4,11 @@
     python benchmarks/gptq_layer.py --experts 64 --sequences 64            fewer experts, for a quick look
     torchrun --nproc-per-node 2 benchmarks/gptq_layer.py --no-kernels      the layer on two GPUs
 
-The model (two layers: MLA, a router with groups, 256 routed experts and a shared one, FP8 blocks) is made of random
-numbers in memory; hidden states follow from random tokens, so they spread over experts as the router has it. What
-is timed is what a run does with a layer: attention and router, all experts quantized, everything copied to where the
-disk is written from, and the hidden states through what was quantized. The second layer counts. Kernels are medians
-of 10 calls, with a synchronisation around each.
+The model (two layers: MLA, a router with groups, 256 routed experts and a shared one, FP8 blocks) is made of
+random numbers in memory; hidden states follow from random tokens, so they spread over experts as the router
+has it. What is timed is what a run does with a layer: attention and router, all experts quantized, everything
+copied to where the disk is written from, and the hidden states through what was quantized. The second layer
+counts. Kernels are medians of 10 calls, with a synchronisation around each.
 """
 
 from __future__ import annotations

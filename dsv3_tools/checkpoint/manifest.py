@@ -15,6 +15,7 @@ __all__ = [
     "MANIFEST_NAME",
     "MAX_MANIFEST_BYTES",
     "PUSH_NAME",
+    "QUANTIZATION_NAME",
     "encode_manifest",
     "manifest_sha256",
     "parse_manifest",
@@ -26,6 +27,9 @@ MAX_MANIFEST_BYTES = 50_000_000
 FIGURES_NAME = "dsv3_figures.json"
 PUSH_NAME = "dsv3_push.json"
 """Figures of `dsv3 verify`, for the model card; of this result alone, and in no manifest."""
+
+QUANTIZATION_NAME = "dsv3_quantization.json"
+"""What calibration has gained; in the manifest of a result that has it."""
 
 _OWN_HASH = "manifest_sha256"
 

@@ -69,6 +69,7 @@ def int8(
     """
     calibrating = calibrating_of(
         method,
+        nonfinite=run["nonfinite"],
         data=calibration,
         length=length,
         max_tokens=max_tokens,
@@ -174,6 +175,7 @@ def int4(
     """
     calibrating = calibrating_of(
         method,
+        nonfinite=run["nonfinite"],
         data=calibration,
         length=length,
         max_tokens=max_tokens,

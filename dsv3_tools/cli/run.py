@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
 from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.reader import Checkpoint
-from dsv3_tools.cli.calibration import print_forecast, print_report
+from dsv3_tools.cli.calibration import print_forecast, print_report, warn_of_few_tokens
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_note, print_table, size
 from dsv3_tools.cli.progress import shown_progress
@@ -25,7 +26,7 @@ from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.serving import engine_verdicts
 from dsv3_tools.conversion.together import Part, preview_together
 from dsv3_tools.errors import DestinationError
-from dsv3_tools.quantize.report import REPORT_NAME, read_report
+from dsv3_tools.quantize.report import overview, read_report
 
 __all__ = ["execute", "execute_together"]
 
@@ -91,27 +92,31 @@ def _carry_out(
     said = []
     with stop_on_signals() as stop:
         for part in parts:
-            with shown_progress(part.plan.operation, quiet=not ranks.is_first) as update:
+            pieces = "shards" if part.maker is None else "layers"
+            with shown_progress(part.plan.operation, pieces=pieces, quiet=not ranks.is_first) as update:
                 how = replace(options, on_progress=update, stop=stop)
                 result = run(part.plan, checkpoints, part.destination, how, part.maker)
             if ranks.is_first:
-                said.append(_result_json(part.plan, result))
+                report = _report(part)
+                said.append(_result_json(part.plan, result, report))
                 if not as_json:
                     _print_result(result)
-                    print_report(_report(part))
+                    print_report(report)
+                    warn_of_few_tokens(report)
     return said
 
 
 def _report(part: Part) -> dict[str, Any]:
     """Returns the report of a calibrated run; empty after any other."""
-    path = part.destination / REPORT_NAME
+    path = part.destination / QUANTIZATION_NAME
     return {} if part.maker is None or not path.exists() else read_report(path.read_bytes())
 
 
-def _result_json(plan: Plan, result: RunResult) -> dict[str, Any]:
+def _result_json(plan: Plan, result: RunResult, report: Mapping[str, Any]) -> dict[str, Any]:
     engines = {name: verdict.loads for name, verdict in engine_verdicts(plan).items()}
     found: dict[str, Any] = jsonable(result)
-    return found | {"manifest": str(result.manifest), "engines": engines}
+    more = {"calibration": jsonable(overview(report))} if report else {}
+    return found | {"manifest": str(result.manifest), "engines": engines, **more}
 
 
 def _plan_json(part: Part, source: Checkpoint, found: Preview, ranks: Ranks) -> dict[str, Any]:

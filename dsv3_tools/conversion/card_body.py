@@ -64,6 +64,12 @@ class CardSource:
         """What the result is; see `card_serving.role`."""
         return role(self.view)
 
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """How it was calibrated; empty if it was not."""
+        found: Mapping[str, Any] = self.manifest["options"].get("calibration") or {}
+        return found
+
     @cached_property
     def source_card(self) -> Mapping[str, Any]:
         """What the source's own card says."""
@@ -163,12 +169,19 @@ def _sentence(card: CardSource) -> str:
     base = " and ".join(f"[{escape(m)}](https://huggingface.co/{m})" for m in card.base_models)
     base = base or "a checkpoint of the DeepSeek-V3 family"
     formats = " and ".join(FORMATS[name] for name in card.formats)
+    how = " without training or calibration"
+    if card.calibration:
+        tokens = card.calibration["tokens"]
+        count = f"{int(tokens['sequences'])} x {int(tokens['length'])}"
+        how = (
+            f", calibrated ({escape(str(card.calibration['method']))}) with {count} tokens, without training"
+        )
     done = {
         "split-mtp --main": f"This is {base} without its MTP module, byte for byte",
         "split-mtp --mtp": f"This is the MTP module of {base} alone, byte for byte",
         "merge-mtp": f"This is {base} with an MTP module put beside it, byte for byte",
         "to-deepseek-infer": f"This is {base}, cut for DeepSeek's own inference demo",
-    }.get(card.operation, f"This is {base}, rewritten as {formats} without training or calibration")
+    }.get(card.operation, f"This is {base}, rewritten as {formats}{how}")
     return f"{done}, by dsv3-tools {escape(card.manifest['program']['version'])}."
 
 
@@ -180,7 +193,7 @@ def _place(card: CardSource, origin: str) -> str:
 
 def _made(card: CardSource) -> list[str]:
     program = card.manifest["program"]
-    places = {origin: _place(card, origin) for origin in _PLACES}
+    places = {origin: _place(card, origin) for origin in _PLACES} | {"calibration": "TOKENS"}
     sources = [
         f"- {origin}: [{escape(r['repo'])}](https://huggingface.co/{r['repo']}), commit {code(r['commit'])}"
         for origin, r in card.repositories.items()
@@ -191,6 +204,11 @@ def _made(card: CardSource) -> list[str]:
         "`DIR` is this directory, or its place on the Hub once it is there.",
         "",
         *sources,
+        *(
+            [f"- TOKENS: int64 ids with the SHA-256 {code(str(card.calibration['tokens']['sha256']))}"]
+            if card.calibration
+            else []
+        ),
         f"- program: dsv3-tools {escape(program['version'])}, plan version {int(program['plan_version'])}",
         f"- plan: {code(card.manifest['plan_digest'])}",
         f"- manifest: {code(card.sha256)} (SHA-256; it has that of every file)",

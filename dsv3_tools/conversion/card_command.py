@@ -19,6 +19,9 @@ _GROUPS = {
     "split-mtp --mtp": ("split-mtp",),
     "merge-mtp": ("merge-mtp",),
 }
+_CALIBRATION = ("method", "damping", "dtype", "max_shard_size")
+"""What a calibrated run's own record has of its command."""
+
 _NOT_GIVEN = {"int8-to-bf16": ("scale_semantics",), "int4-to-bf16": ("scale_semantics",)}
 """Options in a manifest that its command has not."""
 
@@ -31,7 +34,7 @@ def command_words(manifest: Mapping[str, Any], places: Mapping[str, str], result
 
     Args:
         manifest: of the result.
-        places: what to write for the sources, by origin.
+        places: what to write for the sources, by origin, and for calibration data.
         result: what to write for the destination.
 
     Raises:
@@ -48,8 +51,14 @@ def command_words(manifest: Mapping[str, Any], places: Mapping[str, str], result
         options.pop(name, None)
     if options.get("layout") == "sglang-nextn":
         options.pop("drop_shared", None)  # it always does
+    calibration = options.pop("calibration", None)
+    if calibration is not None:
+        options.pop("scale_search", None)  # scales are chosen by the inputs
+        options |= {name: calibration[name] for name in _CALIBRATION if name in calibration}
     for name, value in options.items():
         words += _option(name, value)
+    if calibration is not None:
+        words += ["--calibration", places["calibration"]]
     if manifest.get("nonfinite"):
         words += ["--nonfinite", "keep"]
     return words

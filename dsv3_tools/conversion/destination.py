@@ -20,6 +20,7 @@ from dsv3_tools.checkpoint.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     PUSH_NAME,
+    QUANTIZATION_NAME,
     parse_manifest,
 )
 from dsv3_tools.checkpoint.paths import WORK_FOLDER, read_small_file
@@ -47,6 +48,8 @@ _MARKS = (INDEX_NAME, MANIFEST_NAME)
 
 _CONFIGS = (CONFIG_NAME, INFER_CONFIG_NAME)
 """What no other checkpoint's shards may lie beside."""
+
+_FIGURES = (FIGURES_NAME, QUANTIZATION_NAME)
 
 
 class State(Enum):
@@ -239,7 +242,7 @@ def _replaceable(destination: Path) -> Iterator[Path]:
         index = read_small_file(destination, INDEX_NAME, MAX_INDEX_BYTES)
         listed += parse_index(index, INDEX_NAME).values()
     shards = sorted(path.name for path in destination.glob("model*.safetensors"))
-    for name in dict.fromkeys([*_MARKS, PUSH_NAME, *_CONFIGS, FIGURES_NAME, *listed, *shards]):
+    for name in dict.fromkeys([*_MARKS, PUSH_NAME, *_CONFIGS, *_FIGURES, *listed, *shards]):
         if Path(name).name == name and os.path.lexists(destination / name):
             yield destination / name
 

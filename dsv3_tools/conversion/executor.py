@@ -7,7 +7,7 @@ takes it for one, and the same command goes on where it was killed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +21,11 @@ from dsv3_tools.conversion.destination import (
     read_manifest,
 )
 from dsv3_tools.conversion.devices import count_workers, resolve_devices
-from dsv3_tools.conversion.fetching import SourceShard, absent_shards
+from dsv3_tools.conversion.fetching import absent_shards
 from dsv3_tools.conversion.finish import finish
 from dsv3_tools.conversion.making import MADE, Made, Maker, Place, write_made
 from dsv3_tools.conversion.options import RunOptions
-from dsv3_tools.conversion.plan import Plan
+from dsv3_tools.conversion.plan import Plan, ShardPlan
 from dsv3_tools.conversion.progress import Stop
 from dsv3_tools.conversion.publishing import publish, publish_again, title_of
 from dsv3_tools.conversion.push_record import read_push_record
@@ -33,7 +33,7 @@ from dsv3_tools.conversion.ranks import Ranks
 from dsv3_tools.conversion.start import start
 from dsv3_tools.conversion.uploading import Finished, Uploader
 from dsv3_tools.conversion.workspace import JournalEntry, Workspace
-from dsv3_tools.errors import CheckpointError, Dsv3Error
+from dsv3_tools.errors import CheckpointError, Dsv3Error, Interrupted
 
 __all__ = ["RunResult", "run"]
 
@@ -110,7 +110,6 @@ def run(
         uploader = _uploader(plan, destination, options)
         scratch = 0 if maker is None else maker.scratch_nbytes
         begin = partial(start, plan, checkpoints, workspace, options, devices, held, uploader, scratch)
-        extra: dict[str, bytes] = {}
         resumed = _together(ranks, begin if ranks.is_first else _nothing)[0]
         if resumed is None:
             found = read_manifest(destination)
@@ -123,37 +122,20 @@ def run(
             held.enter_context(uploader)
             for entry in resumed.values():  # in the background: there may be many
                 uploader.add(Finished(entry.shard, entry.sha256))
-        crew = partial(Crew, plan, checkpoints, workspace, options, ranks, uploader=uploader)
+        crew = partial(Crew, plan, checkpoints, workspace, ranks=ranks, uploader=uploader)
         if maker is None:
             needs = absent_shards(todo, checkpoints)
-            work = partial(crew(devices, workers, needs).work, todo)
-            parts = _together(ranks, work)
+            work = crew(options, devices=devices, workers=workers, needs=needs).work
+            parts = _together(ranks, partial(work, todo))
+            files: Callable[[], dict[str, bytes]] = dict
         else:
-            place = Place(
-                workspace.making_folder,
-                destination,
-                devices[0],
-                ranks,
-                options.stop or Stop(),
-                options.on_progress,
-            )
-            crew = partial(
-                Crew,
-                plan,
-                checkpoints,
-                workspace,
-                replace(options, on_progress=None),
-                ranks,
-                uploader=uploader,
-            )
-            names = {shard.name for shard in todo}
-            batches = maker.make(missing, place)
-            # Who fails ends at once, and torchrun the others: they may wait in the middle of a sum.
-            parts = ranks.agree(write_made(batches, partial(_write_batch, crew, names, workers)))
-            extra = maker.files(place)
+            place = _place(workspace, devices[0], options, todo)
+            # Who fails ends at once, and torchrun the others: they may wait in the middle of a copy.
+            parts = ranks.agree(_make(maker, missing, place, crew, options, workers))
+            files = partial(maker.files, place)
         written = {name: entry for part in parts for name, entry in part.items()}
         done = resumed | written
-        last = partial(_finish, plan, checkpoints["source"], workspace, done, options, uploader, extra)
+        last = partial(_finish, plan, checkpoints["source"], workspace, done, options, uploader, files)
         manifest, pushed = _together(ranks, last if ranks.is_first else _nothing)[0] or ({}, None)
     return _result(
         plan,
@@ -183,25 +165,63 @@ def _finish(
     done: Mapping[str, JournalEntry],
     options: RunOptions,
     uploader: Uploader | None,
-    extra: Mapping[str, bytes],
+    files: Callable[[], Mapping[str, bytes]],
 ) -> tuple[dict[str, Any], str | None]:
     """Writes the small files, and uploads them if asked; returns the manifest, and the commit on the Hub."""
-    manifest = finish(plan, source, workspace, done, extra)
+    manifest = finish(plan, source, workspace, done, files())
     pushed = None if uploader is None else publish(plan, workspace.destination, manifest, options, uploader)
     workspace.remove()
     return manifest, pushed
 
 
-def _write_batch(
-    crew: Callable[..., Crew], names: Container[str], workers: int, batch: Made
+def _place(workspace: Workspace, device: str, options: RunOptions, todo: Sequence[ShardPlan]) -> Place:
+    """Returns where and how a rank makes weights."""
+    return Place(
+        folder=workspace.making_folder,
+        destination=workspace.destination,
+        device=device,
+        ranks=options.ranks,
+        stop=options.stop or Stop(),
+        own=frozenset(shard.name for shard in todo),
+        on_progress=options.on_progress,
+    )
+
+
+def _make(
+    maker: Maker,
+    missing: Sequence[ShardPlan],
+    place: Place,
+    crew: Callable[..., Crew],
+    options: RunOptions,
+    workers: int,
 ) -> dict[str, JournalEntry]:
-    """Writes those shards of a batch that are in `names`; GPUs are left to those who make the next."""
-    shards = [shard for shard in batch.shards if shard.name in names]
-    if not shards:
-        return {}
-    needs: dict[str, tuple[SourceShard, ...]] = {shard.name: () for shard in shards}
-    origins = {} if batch.weights is None else {MADE: batch.weights}
-    return crew(["cpu"], min(workers, len(shards)), needs, made=origins).work(shards)
+    """Has the missing shards made, and writes this rank's; GPUs are left to those who make the next.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+        Dsv3Error: they could not be made or written.
+    """
+
+    def write(batch: Made) -> Mapping[str, JournalEntry]:
+        shards = [shard for shard in batch.shards if shard.name in place.own]
+        if not shards:
+            return {}
+        one = crew(
+            replace(options, on_progress=None),
+            devices=["cpu"],
+            workers=min(workers, len(shards)),
+            needs={shard.name: () for shard in shards},
+            made={} if batch.weights is None else {MADE: batch.weights},
+        )
+        return one.work(shards)
+
+    try:
+        return write_made(maker.make(missing, place), write)
+    except Interrupted as error:
+        raise Interrupted(
+            error.signum,
+            f"{place.destination}: stopped; finished layers are kept, the same command goes on from there",
+        ) from None
 
 
 def _check_same_plan(ranks: Ranks, plan: Plan) -> None:

@@ -7,8 +7,9 @@ origin; what else belongs into the shard is recoded from the source as in any ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,6 +74,7 @@ class Place:
         device: "cpu", "cuda:0", ...
         ranks: the processes that make them together.
         stop: asks to stop.
+        own: names of the shards that this rank writes: of the others it need not hand over any weight.
         on_progress: called with every step.
     """
 
@@ -81,6 +83,7 @@ class Place:
     device: str
     ranks: Ranks
     stop: Stop
+    own: Container[str]
     on_progress: Callable[[Progress], None] | None = None
 
 
@@ -94,7 +97,7 @@ class Maker(Protocol):
     def forecast(self, device: str, world_size: int) -> Mapping[str, Any]:
         """Returns what making the weights will take, by name; may try the device for a few seconds."""
 
-    def make(self, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
+    def make(self, missing: Sequence[ShardPlan], place: Place) -> Generator[Made]:
         """Yields all of the `missing` shards, some at a time, in the same order on every rank.
 
         Raises:
@@ -102,7 +105,11 @@ class Maker(Protocol):
         """
 
     def files(self, place: Place) -> dict[str, bytes]:
-        """Returns small files for the destination, when all shards have been made, by this run or earlier."""
+        """Returns small files for the destination, when all shards have been made, by this run or earlier.
+
+        Raises:
+            DestinationError: what they are made of is gone.
+        """
 
 
 def made_shard(shard: ShardPlan, is_made: Callable[[Step], bool]) -> ShardPlan:
@@ -117,7 +124,7 @@ def _copy(step: Step) -> Step:
 
 
 def write_made(
-    batches: Iterator[Made], write: Callable[[Made], Mapping[str, JournalEntry]]
+    batches: Generator[Made], write: Callable[[Made], Mapping[str, JournalEntry]]
 ) -> dict[str, JournalEntry]:
     """Writes what is made, in a thread of its own, at most one batch behind; returns the journal's entries.
 
@@ -130,7 +137,7 @@ def write_made(
     """
     written: dict[str, JournalEntry] = {}
     pending: Future[Mapping[str, JournalEntry]] | None = None
-    with ThreadPoolExecutor(1, "dsv3-made") as pool:
+    with closing(batches), ThreadPoolExecutor(1, "dsv3-made") as pool:
         for batch in batches:
             if pending is not None:
                 written |= pending.result()

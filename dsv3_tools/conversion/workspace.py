@@ -187,7 +187,7 @@ class Workspace:
     def temporary_nbytes(self) -> int:
         """Returns the bytes that killed runs left half written; files that vanish meanwhile count nothing."""
         total = 0
-        for path in self.folder.glob("*.tmp"):
+        for path in (*self.folder.glob("*.tmp"), *self.making_folder.glob("*.tmp")):
             with suppress(FileNotFoundError):
                 total += path.stat().st_blocks * 512
         return total
@@ -195,7 +195,7 @@ class Workspace:
     def remove_temporaries(self) -> None:
         """Removes what killed runs left half written."""
         with destination_errors(self.folder, "removing temporary files"):
-            for path in self.folder.glob("*.tmp"):
+            for path in (*self.folder.glob("*.tmp"), *self.making_folder.glob("*.tmp")):
                 path.unlink(missing_ok=True)
 
     def source_folder(self, rank: int) -> Path:
@@ -246,10 +246,10 @@ class Workspace:
         with suppress(OSError):
             for path in self.folder.glob("source-*"):
                 _remove(path)
-            if self.making_folder.is_dir():
-                _remove(self.making_folder)
             for path in self._own_files():
                 path.unlink(missing_ok=True)
+            if self.making_folder.is_dir():  # after the plan: without that nobody goes on from here
+                _remove(self.making_folder)
             for name in (OWNER_NAME, "lock"):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()

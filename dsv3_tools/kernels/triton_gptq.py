@@ -12,6 +12,8 @@ DeepSeek-V3's gate and up projections together, 4096 x 7168, are 56 such blocks 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -224,6 +226,12 @@ def _search_kernel(
         tl.store(zero_out + place, best_zero, mask=row < num_rows)
 
 
+@functools.lru_cache(maxsize=64)
+def _on_device(factors: tuple[float, ...], device: torch.device) -> Tensor:
+    """Returns the factors in the device's memory; putting them there waits for it."""
+    return torch.tensor(factors, dtype=torch.float32, device=device)
+
+
 def search_scales(
     weight: Tensor, importance: Tensor | None, grid: Grid, *, factors: tuple[float, ...] = SCALE_FACTORS
 ) -> tuple[Tensor, Tensor | None]:
@@ -238,7 +246,7 @@ def search_scales(
         _search_kernel[(triton.cdiv(rows, _SEARCH_ROWS), num_groups)](
             weight.contiguous(),
             counts.contiguous(),
-            torch.tensor(tried, dtype=torch.float32, device=weight.device),
+            _on_device(tried, weight.device),
             scale,
             scale if zero is None else zero,
             rows,

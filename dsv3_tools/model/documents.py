@@ -20,7 +20,6 @@ __all__ = ["read_documents"]
 
 _TEMPLATE_NAME = "chat_template.jinja"
 _CONFIG_NAME = "tokenizer_config.json"
-_KEYS = ("text", "messages", "input_ids")
 
 
 def read_documents(text: str, path: Path, directory: Path) -> list[int]:
@@ -53,9 +52,10 @@ def read_documents(text: str, path: Path, directory: Path) -> list[int]:
         elif isinstance(line.get("messages"), list):
             ids += tokenizer().encode(_render(template(), line["messages"], where))
         else:
+            found = ", ".join(map(repr, list(line)[:5])) or "nothing"
             raise CheckpointError(
-                f"{where}: got an object with {', '.join(map(repr, list(line)[:5])) or 'nothing'}, expected "
-                f"{', '.join(map(repr, _KEYS[:-1]))} or {_KEYS[-1]!r}"
+                f"{where}: got an object with {found}, expected 'text' (a string), 'messages' (a list) or "
+                "'input_ids' (a list)"
             )
     return ids
 

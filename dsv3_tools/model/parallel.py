@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from dsv3_tools.errors import UsageError
+from dsv3_tools.errors import Dsv3Error, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,12 @@ class RankGroup:
             from torch import distributed
 
             flat = values.view(torch.uint8) if values.dim() else values  # gloo does not know every type
-            distributed.broadcast(flat, distributed.get_global_rank(self._group(), rank), group=self.group)
+            try:
+                distributed.broadcast(
+                    flat, distributed.get_global_rank(self._group(), rank), group=self.group
+                )
+            except RuntimeError as error:  # of the connection: what went wrong there, that rank has said
+                raise Dsv3Error(f"another rank has ended: {str(error).splitlines()[0]}") from error
         return values
 
     def _group(self) -> Any:

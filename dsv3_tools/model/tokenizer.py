@@ -36,7 +36,7 @@ _MAX_TOKENIZER_BYTES = 200_000_000
 _NOT_READ = ("tiktoken.model", "tokenizer.model")
 """Vocabularies without the rules by which text is split; those are in Python code beside them."""
 
-_INSTEAD = "give token ids with --tokens FILE.npy"
+_INSTEAD = "give token ids (.npy or .safetensors) instead of text"
 
 
 @dataclass(frozen=True)

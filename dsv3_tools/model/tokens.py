@@ -101,6 +101,8 @@ def read_tokens(
         else:
             tokenizer = read_tokenizer(directory)
             ids = _as_array(tokenizer.encode(_read_text(text)))
+        if not ids.size:
+            raise CheckpointError(f"{text}: there is no text in it")
         bos_id = None if tokenizer is None else tokenizer.bos_id
         rows_BL = cut(ids, _choose_length(ids, choices), bos_id=bos_id)
     _check_size(rows_BL, name)
@@ -185,7 +187,7 @@ def _read_text(path: Path | None) -> str:
             f"{path}: too much text, expected at most {_MAX_TEXT_BYTES:,} bytes; give a part of it"
         )
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path}: byte {error.start:,} is {content[error.start]:#04x}, expected UTF-8 text; convert it, "

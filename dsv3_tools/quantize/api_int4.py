@@ -17,6 +17,7 @@ from dsv3_tools.conversion.progress import Progress, Stop
 from dsv3_tools.conversion.quantization import plan_int4
 from dsv3_tools.conversion.quantization_options import INT4Options, patterns
 from dsv3_tools.conversion.ranks import ALONE, Ranks
+from dsv3_tools.errors import UsageError
 from dsv3_tools.quantize.opened import Opened, carry_out, opened_with
 from dsv3_tools.quantize.options import Calibrating, calibrating_of
 
@@ -111,6 +112,7 @@ def quantize_int4(
     options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     calibrating = calibrating_of(
         method,
+        nonfinite=nonfinite,
         data=None if calibration is None else Path(calibration),
         length=length,
         max_tokens=max_tokens,
@@ -160,6 +162,10 @@ def open_quantize_int4(
 
     The third thing that it gives is what makes weights, if it is `calibrating`.
     """
+    if calibrating is not None and scale_search != INT4Options.scale_search:
+        raise UsageError(
+            f"--scale-search {scale_search}: --method {calibrating.method} chooses scales by the inputs"
+        )
     options = INT4Options(
         include=patterns("include", include),
         exclude=patterns("exclude", exclude),

@@ -101,6 +101,7 @@ def quantize_int8(
     options = RunOptions(device, workers, overwrite, nonfinite, on_progress, stop, ranks, hub)
     calibrating = calibrating_of(
         method,
+        nonfinite=nonfinite,
         data=None if calibration is None else Path(calibration),
         length=length,
         max_tokens=max_tokens,

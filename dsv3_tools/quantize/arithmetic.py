@@ -12,7 +12,7 @@ from dsv3_tools.quantize.states import States
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_finite", "deterministic", "memory_errors"]
+__all__ = ["check_finite", "deterministic", "kind_of_device", "memory_errors", "torch_version"]
 
 
 def check_finite(states: States, number: int) -> None:
@@ -63,3 +63,19 @@ def memory_errors(device: str) -> Iterator[None]:
             f"{device}: out of memory: take fewer tokens (--max-tokens), keep hidden states elsewhere "
             f"(--memory 1GB), or use a larger GPU ({error})"
         ) from error
+
+
+def kind_of_device(device: str) -> str:
+    """Returns what decides, beside torch's version, in which order a device adds up."""
+    import torch
+
+    if device == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device)
+
+
+def torch_version() -> str:
+    """Returns torch's version."""
+    import torch
+
+    return str(torch.__version__)

@@ -13,23 +13,25 @@ Shape suffixes: B sequences, L tokens of a sequence.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
+from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
 from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.making import Made, MadeWeights, Place, made_shard
 from dsv3_tools.conversion.plan import Plan, ShardPlan, Step
 from dsv3_tools.conversion.progress import Meter
 from dsv3_tools.conversion.quantization import is_made
+from dsv3_tools.errors import DestinationError
 from dsv3_tools.model.parallel import RankGroup
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.transformer import Transformer
 from dsv3_tools.quantize.arithmetic import check_finite, deterministic, memory_errors
 from dsv3_tools.quantize.figures import LayerFigures
-from dsv3_tools.quantize.forecast import forecast, measure
+from dsv3_tools.quantize.forecast import Matrices, forecast, measure
 from dsv3_tools.quantize.host import HostBuffers
 from dsv3_tools.quantize.layer_work import LayerWork
 from dsv3_tools.quantize.progress import (
@@ -40,12 +42,13 @@ from dsv3_tools.quantize.progress import (
     saved_layers,
 )
 from dsv3_tools.quantize.recipe import Recipe
-from dsv3_tools.quantize.report import REPORT_NAME, encode_report
+from dsv3_tools.quantize.report import encode_report
 from dsv3_tools.quantize.states import States, choose_place
 from dsv3_tools.quantize.tokens import Calibration
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 __all__ = ["Calibrator"]
 
@@ -65,6 +68,7 @@ class Calibrator:
         dtype: "F32" or "BF16", of the forward pass.
         memory: bytes of memory that hidden states may take; None is a part of what is free.
         save_every: layers after which hidden states are saved.
+        world_size: ranks of the run.
     """
 
     plan: Plan
@@ -74,6 +78,7 @@ class Calibrator:
     dtype: str
     memory: int | None = None
     save_every: int = 4
+    world_size: int = 1
 
     @property
     def states_nbytes(self) -> int:
@@ -84,8 +89,8 @@ class Calibrator:
 
     @property
     def scratch_nbytes(self) -> int:
-        """Hidden states as they are saved, while those saved before are still there; and as a mapped file."""
-        return 3 * self.states_nbytes
+        """Hidden states as they are saved, those saved before, and a mapped file of each rank."""
+        return (2 + self.world_size) * self.states_nbytes
 
     @property
     def layers(self) -> dict[int, dict[str, Step]]:
@@ -105,7 +110,7 @@ class Calibrator:
 
         where, weights = torch.device(device), _matrices(self.layers)
         with deterministic(where), torch.no_grad():
-            speeds = measure(where, compute_dtype(self.dtype), max(columns for _, columns, _ in weights))
+            speeds = measure(where, compute_dtype(self.dtype), max(one.columns for one in weights))
         dims = self.checkpoint.config
         found = forecast(
             dims,
@@ -120,9 +125,10 @@ class Calibrator:
             world_size=world_size,
             device_type=where.type,
         )
-        return {**asdict(found), "tokens": self.calibration.source}
+        more = {"tokens": self.calibration.source, "scratch_nbytes": self.scratch_nbytes}
+        return {**asdict(found), **more}
 
-    def make(self, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
+    def make(self, missing: Sequence[ShardPlan], place: Place) -> Generator[Made]:
         """Yields the missing shards, layer by layer; see `making.Maker`."""
         import torch
 
@@ -142,7 +148,13 @@ class Calibrator:
 
     def files(self, place: Place) -> dict[str, bytes]:
         """Returns the report of all layers."""
-        return {REPORT_NAME: encode_report(self._record(), load_figures(place.folder, self.layers))}
+        found = load_figures(place.folder, self.layers)
+        if lost := [number for number in self.layers if number not in found]:
+            raise DestinationError(
+                f"{place.folder}: the figures of {len(lost)} layers are gone (first: {lost[0]}); "
+                "--overwrite begins anew"
+            )
+        return {QUANTIZATION_NAME: encode_report(self._record(), found)}
 
     def _record(self) -> Mapping[str, object]:
         return {
@@ -170,7 +182,7 @@ class _Run:
         self._where = choose_place(made.states_nbytes, device, made.memory, ranks.processes_here)
         nbytes = sum(self._source_nbytes(number) for number in self._steps)
         self._host = HostBuffers(device)
-        self._meter = Meter(nbytes, len(self._steps), place.on_progress)
+        self._meter = Meter(nbytes // ranks.world_size, len(self._steps), place.on_progress)
 
     def batches(self) -> Iterator[Made]:
         """Yields the shards of every layer, and saves hidden states between them."""
@@ -186,6 +198,7 @@ class _Run:
             following = number + 1
             if following % self._made.save_every == 0 and following < min(main, last + 1):
                 yield Made()
+                self._place.ranks.agree()  # what the others write is on disk as well
                 self._save(following, states)
         for index, number in enumerate(self._model.mtp_layers):
             if any(later >= number for later in self._steps):
@@ -223,14 +236,13 @@ class _Run:
         mtp = self._model.mtp(index)
         (joining,) = mtp.orders()
         join = mtp.join(self._model.read(joining.unit))
-        length = states.values_BLD.shape[1] - 1
-        joined = states.like(self._place.folder, self._where, length)
         next_BL = self._made.calibration.tokens_BL[:, index + 1 :]
-        for rows in states.own_blocks():
-            (block,) = join([states.block(rows)[:, :-1].contiguous()], next_BL[rows])
-            joined.values_BLD[rows].copy_(block)
-        joined.share()
-        return joined
+
+        def change(rows: slice) -> Tensor:
+            (joined,) = join([states.block(rows)[:, :-1].contiguous()], next_BL[rows])
+            return joined
+
+        return states.shortened(change)
 
     def _layer(self, number: int, states: States) -> Iterator[Made]:
         """Yields the shards of a layer, then takes the hidden states through it."""
@@ -246,8 +258,11 @@ class _Run:
                 if self._place.ranks.is_first:
                     save_figures(self._place.folder, figures)
                 shards = [shard for shard in self._shards(number) if shard.name in self._missing]
+                own = [shard for shard in shards if shard.name in self._place.own]
+                names = {name for shard in own for name in shard.specs()}
                 yield Made(
-                    [made_shard(shard, is_made) for shard in shards], MadeWeights(work.made_parts(self._host))
+                    [made_shard(shard, is_made) for shard in shards],
+                    MadeWeights(work.made_parts(self._host, names)),
                 )
         check_finite(states, number)
         if steps:
@@ -275,15 +290,16 @@ class _Run:
         self._place.ranks.agree()
 
 
-def _matrices(layers: Mapping[int, Mapping[str, Step]]) -> list[tuple[int, int, int]]:
-    """Returns rows and columns of what is quantized together, and how often; gate and up are one."""
-    counts: Counter[tuple[int, int]] = Counter()
+def _matrices(layers: Mapping[int, Mapping[str, Step]]) -> list[Matrices]:
+    """Returns what is quantized, by shape; gate and up are one."""
+    counts: Counter[tuple[int, int, bool]] = Counter()
     for steps in layers.values():
         for name, step in steps.items():
             rows, columns = step.shape
             if not name.endswith(".up_proj.weight"):
-                counts[rows * (2 if name.endswith(".gate_proj.weight") else 1), columns] += 1
-    return [(*shape, count) for shape, count in counts.items()]
+                rows *= 2 if name.endswith(".gate_proj.weight") else 1
+                counts[rows, columns, ".mlp.experts." in name] += 1
+    return [Matrices(rows, columns, count, is_expert) for (rows, columns, is_expert), count in counts.items()]
 
 
 def _weight_of(step: Step) -> tuple[int, str]:

@@ -10,7 +10,7 @@ Shape suffixes: T tokens, D hidden, I intermediate, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ from dsv3_tools.quantize.states import States
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Chunk = tuple["Tensor", "Tensor"]
 
 __all__ = ["ExpertResult", "LayerInputs", "quantize_expert", "spread"]
 
@@ -73,23 +75,35 @@ class LayerInputs:
         of = self._assignment.of(expert)
         return int(of.stop - of.start)
 
-    def train(self, expert: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns an expert's inputs `[T, D]` and their weights `[T, 1]` in chunks, those for Hessians."""
+    def train(self, expert: int) -> _Chunks:
+        """Returns an expert's inputs and their weights, those for Hessians."""
         of = self._assignment.of(expert)
-        return self._chunks(of.start, of.start + self.train_counts[expert])
+        return _Chunks(self._read, of.start, of.start + self.train_counts[expert])
 
-    def held_out(self, expert: int) -> list[tuple[Tensor, Tensor]]:
+    def held_out(self, expert: int) -> _Chunks:
         """Returns the other ones."""
         of = self._assignment.of(expert)
-        return self._chunks(of.start + self.train_counts[expert], of.stop)
+        return _Chunks(self._read, of.start + self.train_counts[expert], of.stop)
 
-    def _chunks(self, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        for at in range(start, stop, _CHUNK):
-            part = slice(at, min(at + _CHUNK, stop))
-            x_TD = self._layer.normed(self._states.rows(self._assignment.tokens[part]))
-            found.append((x_TD, self._assignment.weights[part].square()))
-        return found
+    def _read(self, part: slice) -> Chunk:
+        x_TD = self._layer.normed(self._states.rows(self._assignment.tokens[part]))
+        return x_TD, self._assignment.weights[part].square()
+
+
+class _Chunks:
+    """Inputs `[T, D]` with the squares of their routes' weights `[T, 1]`, in chunks, as often as asked.
+
+    One chunk alone is kept; several are read again each time.
+    """
+
+    def __init__(self, read: Callable[[slice], Chunk], start: int, stop: int) -> None:
+        self._read = read
+        self._parts = [slice(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+        self._kept = [read(part) for part in self._parts] if len(self._parts) == 1 else None
+        self.count = stop - start
+
+    def __iter__(self) -> Iterator[Chunk]:
+        yield from self._kept if self._kept is not None else map(self._read, self._parts)
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ def quantize_expert(
     coded = _quantize(weights[down], shrink(below, around), formats[down], recipe)
     store(formats[down], coded, slice(None), memory.parts[down])
     quantized |= decode({down: (formats[down], memory.parts[down])}, dtype)
-    made = [(activation(x_TD, quantized), counts_T1) for x_TD, counts_T1 in held]
+    made = ((activation(x_TD, quantized), counts_T1) for x_TD, counts_T1 in held)
     name = f"experts.{expert}.down_proj"
     second = _figures(name, below.tokens, made, weights[down], quantized[down], formats[down], coded)
     nonfinite = {name: (~torch.isfinite(weight)).sum() for name, weight in weights.items()}
@@ -181,7 +195,7 @@ def _some(sample_TD: Tensor) -> Tensor:
 def _figures(
     name: str,
     tokens: int,
-    held: Sequence[tuple[Tensor, Tensor]],
+    held: Iterable[Chunk],
     weight_NK: Tensor,
     quantized_NK: Tensor,
     fmt: Format,
@@ -190,17 +204,19 @@ def _figures(
     """Returns how far off a weight's outputs are for tokens that were held out."""
     import torch
 
+    from dsv3_tools.model.numerics import linear_wide
+
     error = absmax_error = signal = torch.zeros((), dtype=torch.float64, device=weight_NK.device)
-    plain = baseline(fmt)
-    if held:
-        rounded_NK = decode({"": (plain, plain.encode(weight_NK))}, quantized_NK.dtype)[""]
-        original_NK = weight_NK.to(quantized_NK.dtype)
-        for x_TK, counts_T1 in held:
-            right_TN = (x_TK @ original_NK.t()).float()
-            signal = signal + _weighted(right_TN, counts_T1)
-            error = error + _weighted(right_TN - (x_TK @ quantized_NK.t()).float(), counts_T1)
-            absmax_error = absmax_error + _weighted(right_TN - (x_TK @ rounded_NK.t()).float(), counts_T1)
-    count = sum(len(x_TK) for x_TK, _ in held)
+    plain, dtype = baseline(fmt), quantized_NK.dtype
+    count, rounded_NK, original_NK = 0, None, weight_NK.to(dtype)
+    for x_TK, counts_T1 in held:
+        if rounded_NK is None:
+            rounded_NK = decode({"": (plain, plain.encode(weight_NK))}, dtype)[""]
+        right_TN = linear_wide(x_TK, original_NK)
+        signal = signal + _weighted(right_TN, counts_T1)
+        error = error + _weighted(right_TN - linear_wide(x_TK, quantized_NK), counts_T1)
+        absmax_error = absmax_error + _weighted(right_TN - linear_wide(x_TK, rounded_NK), counts_T1)
+        count += len(x_TK)
     sums = error, absmax_error, signal
     return Measured(name, weight_NK.shape[1], tokens, count, sums, coded.predicted_gain, coded.damping)
 
@@ -208,7 +224,7 @@ def _figures(
 def _output_error(
     weights: Mapping[str, Tensor],
     quantized: Mapping[str, Tensor],
-    held: Sequence[tuple[Tensor, Tensor]],
+    held: Iterable[Chunk],
 ) -> tuple[Tensor, Tensor]:
     """Returns the squared error of a whole expert's weighted outputs, and their squares."""
     import torch

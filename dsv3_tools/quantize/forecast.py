@@ -10,19 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv3_tools.checkpoint.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Forecast", "UnitSpeeds", "forecast", "measure"]
+__all__ = ["Forecast", "Matrices", "UnitSpeeds", "forecast", "measure"]
 
 _REPEATS = 3
 _PROBE_SIZE = {"cuda": 4096, "cpu": 768}
 _READ_AHEAD_NBYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
 _TOKENS_TOGETHER = 32768
+_SAMPLE = 8192
+_LAYER_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class UnitSpeeds:
     products: float
     factor: float
     columns: float
+
+
+class Matrices(NamedTuple):
+    """Weights of one shape: how many, and whether they are routed experts'; gate and up are one."""
+
+    rows: int
+    columns: int
+    times: int
+    is_expert: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def measure(device: torch.device, dtype: torch.dtype, columns: int) -> UnitSpeed
 def forecast(
     dims: ModelConfig,
     *,
-    weights: list[tuple[int, int, int]],
+    weights: list[Matrices],
     num_layers: int,
     tokens: int,
     states_place: str,
@@ -110,7 +121,7 @@ def forecast(
 
     Args:
         dims: of the model.
-        weights: rows, columns and how often, of all that is quantized; gate and up are one.
+        weights: all that is quantized.
         num_layers: that hidden states go through.
         tokens: of all sequences.
         states_place: where hidden states are.
@@ -125,12 +136,18 @@ def forecast(
     routed = dims.n_routed_experts or 1
     per_expert = tokens * dims.num_experts_per_tok / routed
     factor_work = column_work = 0.0
-    for rows, columns, count in weights:
-        products += count * per_expert * columns * (columns + 2 * rows)
+    for rows, columns, count, is_expert in weights:
+        seen = (
+            per_expert + (min(tokens, _SAMPLE) if rows == dims.hidden_size else 0)
+            if is_expert
+            else 2 * tokens
+        )
+        products += count * seen * columns * (columns + 2 * rows)
         factor_work += count * columns**3 / 3 if is_gptq else 0.0
         column_work += count * rows * columns * columns if is_gptq else 0.0
     factor_seconds, column_seconds = factor_work / speeds.factor, column_work / speeds.columns
     seconds = (products / speeds.products + factor_seconds + column_seconds) / world_size
+    seconds += num_layers * _LAYER_SECONDS
     states = tokens * dims.hidden_size * value_nbytes
     return Forecast(
         seconds=seconds,
@@ -157,16 +174,16 @@ def _products_of_token(dims: ModelConfig) -> float:
 
 def _device_nbytes(
     dims: ModelConfig,
-    weights: list[tuple[int, int, int]],
+    weights: list[Matrices],
     tokens: int,
     states: int,
     states_place: str,
     device_type: str,
 ) -> int:
     """Returns a bound on a device's memory: states, one weight's Hessians and copies, a quantized layer."""
-    largest = max(columns for _, columns, _ in weights)
+    largest = max(one.columns for one in weights)
     hessians = 6 * 4 * largest * largest
-    copies = 6 * 4 * max(rows * columns for rows, columns, _ in weights)
+    copies = 6 * 4 * max(one.rows * one.columns for one in weights)
     layer = 3 * dims.n_routed_experts * dims.moe_intermediate_size * dims.hidden_size
     together = 12 * min(tokens, _TOKENS_TOGETHER) * dims.hidden_size
     own = states if states_place == "device" or device_type == "cpu" else 0

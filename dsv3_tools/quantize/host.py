@@ -20,7 +20,7 @@ class HostBuffers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
+        self._device = device
         self._buffers: list[Tensor | None] = [None, None]
 
     def copy(self, flats: Sequence[Tensor]) -> list[Tensor]:
@@ -32,11 +32,13 @@ class HostBuffers:
         buffer = self._buffers[0]
         if buffer is None or len(buffer) < total:
             self._buffers[0] = None  # before more is taken
-            buffer = self._buffers[0] = torch.empty(total, dtype=torch.uint8, pin_memory=self._pinned)
+            buffer = self._buffers[0] = torch.empty(
+                total, dtype=torch.uint8, pin_memory=self._device.type == "cuda"
+            )
         copies, place = [], 0
         for flat in flats:
             copies.append(buffer[place : place + len(flat)].copy_(flat, non_blocking=True))
             place += len(flat)
-        if self._pinned:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return copies

@@ -5,11 +5,11 @@ Shape suffixes: B sequences, L tokens of a sequence, D hidden, T = B x L, E expe
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dsv3_tools.checkpoint.files import read_part, read_shard_header
 from dsv3_tools.conversion.making import Place
 from dsv3_tools.conversion.plan import ShardPlan, Step
 from dsv3_tools.conversion.progress import Meter
@@ -23,13 +23,15 @@ from dsv3_tools.model.transformer import Transformer
 from dsv3_tools.model.units import layer_orders
 from dsv3_tools.model.weights import Unit, Wanted
 from dsv3_tools.quantize.coding import Memory
-from dsv3_tools.quantize.experts import LayerInputs, quantize_expert, spread
+from dsv3_tools.quantize.experts import ExpertResult, LayerInputs, quantize_expert, spread
 from dsv3_tools.quantize.figures import MatrixFigures
 from dsv3_tools.quantize.host import HostBuffers
 from dsv3_tools.quantize.linears import STAGES, Seen, quantize_stage
+from dsv3_tools.quantize.parallel import in_parallel
 from dsv3_tools.quantize.recipe import Recipe
 from dsv3_tools.quantize.resident import Resident, decode
 from dsv3_tools.quantize.states import States
+from dsv3_tools.quantize.written import WrittenParts
 
 if TYPE_CHECKING:
     import torch
@@ -100,23 +102,18 @@ class LayerWork:
 
     def load(self, shards: Sequence[ShardPlan]) -> bool:
         """Reads quantized weights from shards that an earlier run has written; False if one is not here."""
-        folder = self._place.destination
-        if not all((folder / shard.name).exists() for shard in shards):
-            return False
-        headers = {shard.name: read_shard_header(folder, shard.name).header for shard in shards}
-        homes = {name: shard for shard, header in headers.items() for name in header.specs}
-        for key in self._units:
-            names = self._made_names(key)
-            if not names:
-                continue
-            memory = self._new_memory(names)
-            for name, step in names.items():
-                for part, tensor in memory.parts[name].items():
-                    shard = homes[step.outputs[part]]
-                    start = headers[shard].offsets[step.outputs[part]]
-                    data = read_part(folder / shard, start, tensor.numel() * tensor.element_size())
-                    _fill(tensor, data)
-            self._keep(key, memory, names)
+        with ExitStack() as opened:
+            try:
+                parts = WrittenParts(self._place.destination, [shard.name for shard in shards], opened)
+            except FileNotFoundError:  # uploaded, and removed
+                return False
+            for key in self._units:
+                if names := self._made_names(key):
+                    memory = self._new_memory(names)
+                    for name, step in names.items():
+                        for part, tensor in memory.parts[name].items():
+                            parts.read(step.outputs[part], tensor)
+                    self._keep(key, memory, names)
         return True
 
     def forward(self, states: States) -> None:
@@ -127,16 +124,19 @@ class LayerWork:
         states.update(layer.attention)
         states.update(lambda block: layer.mlp(block)[0], tokens=_TOKENS_OF_EXPERTS)
 
-    def made_parts(self, host: HostBuffers) -> dict[str, Tensor]:
-        """Returns all quantized parts by tensor name, in host memory."""
-        memories = [memory for memory, _ in self._memories.values()]
-        flats = host.copy([memory.flat for memory in memories])
-        found = {}
-        for (memory, names), flat in zip(self._memories.values(), flats, strict=True):
+    def made_parts(self, host: HostBuffers, wanted: Container[str]) -> dict[str, Tensor]:
+        """Returns the quantized parts that are `wanted`, by tensor name, in host memory."""
+        kept = [
+            (memory, names)
+            for memory, names in self._memories.values()
+            if any(output in wanted for step in names.values() for output in step.outputs.values())
+        ]
+        flats = host.copy([memory.flat for memory, _ in kept])
+        found: dict[str, Tensor] = {}
+        for (memory, names), flat in zip(kept, flats, strict=True):
             parts = memory.views(flat)
             for name, step in names.items():
-                for part, tensor in parts[name].items():
-                    found[step.outputs[part]] = tensor
+                found |= {step.outputs[part]: tensor for part, tensor in parts[name].items()}
         return found
 
     def _made_names(self, key: Hashable) -> dict[str, Step]:
@@ -222,15 +222,18 @@ class LayerWork:
         loads = [inputs.counts(expert) + 4.0 * hidden for expert in range(count)]
         shares = spread(loads, self._ranks.world_size)
         mine = [Order(expert, _wide(self._units[expert])) for expert in shares[self._ranks.rank]]
-        results = {}
+        results: dict[int, ExpertResult] = {}
+
+        def work(item: tuple[int, Mapping[str, Tensor]]) -> None:
+            expert, taken = item
+            self._place.stop.check()
+            names = self._made_names(expert)
+            results[expert] = quantize_expert(expert, taken, _formats(names), inputs, self._recipe)
+            meter.add(_source_nbytes(names))
+
         with self._model.reading(mine) as weights:
-            for order in mine:
-                self._place.stop.check()
-                assert isinstance(order.key, int)
-                names = self._made_names(order.key)
-                taken = weights.take(order.key, order.unit)
-                results[order.key] = quantize_expert(order.key, taken, _formats(names), inputs, self._recipe)
-                meter.add(_source_nbytes(names))
+            experts = ((int(str(one.key)), weights.take(one.key, one.unit)) for one in mine)
+            in_parallel(experts, work, self._device, self._ranks.processes_here)
         for expert, result in results.items():
             _refuse_nonfinite(self._units[expert], result.nonfinite)
         owners = {expert: rank for rank, share in enumerate(shares) for expert in share}
@@ -309,10 +312,3 @@ def _prefix(names: Mapping[str, Step]) -> str:
 
 def _source_nbytes(names: Mapping[str, Step]) -> int:
     return sum(spec.nbytes for step in names.values() for spec in step.input_specs(step.shape).values())
-
-
-def _fill(tensor: Tensor, data: bytes) -> None:
-    import torch
-
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))

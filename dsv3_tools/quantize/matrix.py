@@ -42,6 +42,13 @@ class Factor:
     variance_K: Tensor
     damping: float
 
+    @property
+    def importance(self) -> Tensor:
+        """What a column's error costs when all later ones make up for it, in the weight's own order."""
+        import torch
+
+        return torch.empty_like(self.variance_K).index_copy_(0, self.order, self.variance_K)
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -120,7 +127,8 @@ def quantize_matrix(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, factor: F
 
     from dsv3_tools.kernels import gptq
 
-    scale_NG, zero_NG = gptq.search_scales(weight_NK, hessian_KK.diagonal(), grid)
+    importance_K = hessian_KK.diagonal() if factor is None else factor.importance
+    scale_NG, zero_NG = gptq.search_scales(weight_NK, importance_K, grid)
     if factor is None:
         codes_NK = gptq.nearest_codes(weight_NK, scale_NG, zero_NG, grid)
         return Coded(codes_NK, scale_NG, zero_NG, torch.ones((), device=weight_NK.device))

@@ -12,6 +12,7 @@ from dsv3_tools.conversion.devices import resolve_devices
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.ranks import ALONE, Ranks
 from dsv3_tools.errors import UsageError
+from dsv3_tools.quantize.arithmetic import kind_of_device, torch_version
 from dsv3_tools.quantize.calibrator import Calibrator
 from dsv3_tools.quantize.recipe import Recipe
 from dsv3_tools.quantize.tokens import Calibration, read_calibration
@@ -53,6 +54,8 @@ class Calibrating:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
             raise UsageError(f"--dtype {self.dtype}: expected {' or '.join(COMPUTE_DTYPES)}")
+        if self.method == "rtn-weighted" and self.damping != Calibrating.damping:
+            raise UsageError(f"--damping {self.damping}: --method rtn-weighted has no use for it")
         if self.save_every < 1:
             raise UsageError(f"--save-every {self.save_every}: expected at least 1")
 
@@ -83,8 +86,7 @@ class Calibrating:
                 f"--device {self.device}: one process calibrates on one GPU; for {len(devices)}, run "
                 f"torchrun --nproc-per-node {len(devices)} --no-python dsv3 quantize ... --device cuda"
             )
-        kind = "cpu" if devices[0] == "cpu" else "cuda"
-        dtype = self.dtype or ("F32" if kind == "cpu" else "BF16")
+        dtype = self.dtype or ("F32" if devices[0] == "cpu" else "BF16")
         data = read_calibration(
             checkpoint,
             self.data,
@@ -92,7 +94,7 @@ class Calibrating:
             max_tokens=self.max_tokens,
             held_out=recipe.held_out,
         )
-        return Prepared(self, recipe, data, dtype, kind)
+        return Prepared(self, recipe, data, dtype, kind_of_device(devices[0]))
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Prepared:
             "tokens": dict(self.calibration.record()),
             "dtype": self.dtype,
             "device": self.device_kind,
+            "torch": torch_version(),
         }
 
     def maker(self, plan: Plan, checkpoint: Checkpoint) -> Calibrator:
@@ -124,17 +127,25 @@ class Prepared:
             self.dtype,
             self.options.memory,
             self.options.save_every,
+            self.options.ranks.world_size,
         )
 
 
-def calibrating_of(method: str, **options: Any) -> Calibrating | None:
+def calibrating_of(method: str, *, nonfinite: str, **options: Any) -> Calibrating | None:
     """Returns the options of a calibrated run; None for one that rounds to the nearest code.
 
     Raises:
         UsageError: calibration data for a method that has no use for it.
     """
     if method != "rtn":
+        if nonfinite != "error":
+            raise UsageError(f"--nonfinite {nonfinite}: --method {method} cannot go on over NaN and infinity")
         return Calibrating(method=method, **options)
-    if options["data"] is not None:
-        raise UsageError(f"calibration {options['data']}: --method rtn has no use for it; say --method gptq")
+    given = [
+        name for name in ("data", "length", "max_tokens", "dtype", "memory") if options[name] is not None
+    ]
+    given += [name for name in ("damping", "save_every") if options[name] != getattr(Calibrating, name)]
+    if given:
+        name = "calibration" if given[0] == "data" else given[0].replace("_", "-")
+        raise UsageError(f"--{name} {options[given[0]]}: --method rtn has no use for it; say --method gptq")
     return None

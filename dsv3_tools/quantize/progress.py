@@ -6,6 +6,7 @@ Shape suffixes: B sequences, L tokens of a sequence, D hidden.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import asdict
@@ -48,15 +49,17 @@ def save_states(folder: Path, number: int, values_BLD: Tensor) -> None:
             part = values_BLD[start : start + rows].contiguous().cpu()
             writer.write(offset, as_bytes(part))
             offset += part.numel() * part.element_size()
-        writer.commit()
+        sha256 = writer.commit()
+    write_file(_digest_path(folder, number), sha256.encode(), folder=folder)
     for other in saved_layers(folder):
         if other != number:
+            _digest_path(folder, other).unlink(missing_ok=True)
             _states_path(folder, other).unlink(missing_ok=True)
 
 
 def saved_layers(folder: Path) -> list[int]:
     """Returns the layers before which hidden states are saved, the last one first."""
-    names = (path.name for path in folder.glob("states-*.safetensors"))
+    names = (path.name for path in folder.glob("states-*.sha256"))  # written after the states
     return sorted((int(name.split("-")[1].split(".")[0]) for name in names), reverse=True)
 
 
@@ -76,11 +79,17 @@ def load_states(folder: Path, number: int, values_BLD: Tensor) -> None:
     row_nbytes = spec.nbytes // max(1, len(values_BLD))
     rows = max(1, _CHUNK_NBYTES // max(1, row_nbytes))
     with path.open("rb") as file:
-        file.seek(header.offsets[_NAME])
+        digest = hashlib.sha256(file.read(header.offsets[_NAME]))
         for start in range(0, len(values_BLD), rows):
             part = values_BLD[start : start + rows]
-            flat = torch.frombuffer(bytearray(file.read(len(part) * row_nbytes)), dtype=torch.uint8)
-            part.copy_(flat.view(values_BLD.dtype).view(part.shape))
+            data = bytearray(file.read(len(part) * row_nbytes))
+            digest.update(data)
+            part.copy_(torch.frombuffer(data, dtype=torch.uint8).view(values_BLD.dtype).view(part.shape))
+    if digest.hexdigest() != _digest_path(folder, number).read_text():
+        raise CheckpointError(
+            f"{path}: does not have the SHA-256 that it was saved with; remove the .sha256 beside it "
+            "to begin again"
+        )
 
 
 def save_figures(folder: Path, figures: LayerFigures) -> None:
@@ -100,6 +109,10 @@ def load_figures(folder: Path, numbers: Collection[int]) -> dict[int, LayerFigur
 
 def _states_path(folder: Path, number: int) -> Path:
     return folder / f"states-{number}.safetensors"
+
+
+def _digest_path(folder: Path, number: int) -> Path:
+    return folder / f"states-{number}.sha256"
 
 
 def _figures_path(folder: Path, number: int) -> Path:

@@ -12,7 +12,6 @@ from dsv3_tools.quantize.figures import LayerFigures, MatrixFigures
 
 __all__ = [
     "MAX_REPORT_BYTES",
-    "REPORT_NAME",
     "KindOverview",
     "LayerSummary",
     "encode_report",
@@ -20,8 +19,6 @@ __all__ = [
     "read_report",
     "summarize",
 ]
-
-REPORT_NAME = "dsv3_quantization.json"
 
 MAX_REPORT_BYTES = 200_000_000
 """A released model's is 15 MB: 30,000 matrices."""

@@ -16,16 +16,17 @@ __all__ = ["Resident", "decode"]
 
 
 def decode(items: Mapping[str, tuple[Format, Mapping[str, Tensor]]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns weights of one format in `dtype`, rounded to BF16 on the way, as engines have them."""
+    """Returns weights in `dtype`, rounded to BF16 on the way, as engines have them."""
     import torch
 
-    outs = {}
+    outs, groups = {}, dict[Format, list[str]]()
     for name, (fmt, parts) in items.items():
         shape = fmt.shape_of(tuple(parts[fmt.weight_part].shape))
         device = parts[fmt.weight_part].device
         outs[name] = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    fmt = next(iter(items.values()))[0]
-    fmt.decode_into([parts for _, parts in items.values()], list(outs.values()))
+        groups.setdefault(fmt, []).append(name)
+    for fmt, names in groups.items():
+        fmt.decode_into([items[name][1] for name in names], [outs[name] for name in names])
     return {name: weight.to(dtype) for name, weight in outs.items()}
 
 
@@ -37,7 +38,7 @@ class Resident:
 
     Attributes:
         decoded: weights by unit and name, in the type in which they are computed with.
-        encoded: those that are decoded when they are taken, of one format in each unit.
+        encoded: those that are decoded when they are taken.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

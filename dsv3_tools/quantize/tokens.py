@@ -20,6 +20,9 @@ from dsv3_tools.model.tokens import read_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+SUFFIXES = (".txt", ".jsonl", ".npy", ".safetensors")
+"""Kinds of files: text, and ids."""
+
 __all__ = ["LENGTHS", "Calibration", "read_calibration"]
 
 LENGTHS = (2048, 1024, 512, 256)
@@ -34,17 +37,19 @@ class Calibration:
         tokens_BL: int64 ids.
         num_train: sequences that Hessians are of; those after them are held out.
         source: for people: "text.txt, 512 x 2048".
+        sha256: of the ids (int64) in the order of the file.
     """
 
     tokens_BL: Tensor
     num_train: int
     source: str
+    sha256: str
 
     def record(self) -> Mapping[str, Any]:
         """Returns what goes into plan and manifest: sizes, and a digest of the ids."""
         count, length = self.tokens_BL.shape
-        digest = hashlib.sha256(self.tokens_BL.contiguous().numpy().tobytes()).hexdigest()
-        return {"sequences": count, "length": length, "held_out": count - self.num_train, "sha256": digest}
+        held_out = count - self.num_train
+        return {"sequences": count, "length": length, "held_out": held_out, "sha256": self.sha256}
 
 
 def read_calibration(
@@ -71,10 +76,13 @@ def read_calibration(
     """
     import torch
 
+    if file is not None and file.suffix not in SUFFIXES:
+        raise UsageError(f"{file}: got a {file.suffix or 'nameless'} file, expected {', '.join(SUFFIXES)}")
+    is_ids = file is not None and file.suffix in SUFFIXES[2:]
     given = read_tokens(
         checkpoint.folder_of(TOKENIZER_FILES),
-        tokens=file if file is not None and file.suffix in (".npy", ".safetensors") else None,
-        text=None if file is None or file.suffix in (".npy", ".safetensors") else file,
+        tokens=file if is_ids else None,
+        text=None if is_ids else file,
         length=length,
         max_tokens=max_tokens,
         vocab_size=checkpoint.config.vocab_size,
@@ -89,4 +97,5 @@ def read_calibration(
     numbers = torch.arange(count)
     is_held = (numbers + 1) % held_out == 0 if count >= held_out else numbers == count - 1
     ordered_BL = torch.cat([given.batch_BL[~is_held], given.batch_BL[is_held]])
-    return Calibration(ordered_BL, int((~is_held).sum()), given.source)
+    digest = hashlib.sha256(given.batch_BL.contiguous().numpy().tobytes()).hexdigest()
+    return Calibration(ordered_BL, int((~is_held).sum()), given.source, digest)

@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from dsv3_tools.checkpoint.dtypes import DTYPES
 from dsv3_tools.formats import INT4, Dense, Format, FP8Block, INT8Block, INT8Channel
 
-__all__ = ["CLAMP_STEPS", "HALF_STEP", "INT4_SNR", "SNR", "Expectation", "expectation", "label"]
+__all__ = [
+    "CALIBRATED_LESS",
+    "CLAMP_STEPS",
+    "HALF_STEP",
+    "INT4_SNR",
+    "SNR",
+    "Expectation",
+    "expectation",
+    "label",
+]
 
 HALF_STEP = 0.501
 """Largest error in steps: half a step, and a thousandth for rounding in float32 (127 x 2**-23 at most)."""
@@ -35,6 +44,10 @@ SNR: dict[type[Format], tuple[float, str]] = {
     INT8Channel: (36.0, "normal weights with an INT8 scale for each row reach 40.9 dB at 7168 columns"),
 }
 """Least dB of the other formats, with the reason."""
+
+CALIBRATED_LESS = 6.0
+"""What calibration may cost of it: a weight's error grows while its output's shrinks, the more the stronger
+its inputs are correlated; 3 dB on the shipped model at most."""
 
 _BF16_ROUNDING = 2.0**-8
 """Share of the power of two below an element that rounding it to BF16 moves it by, at most."""
@@ -67,7 +80,12 @@ class Expectation:
 
 
 def expectation(
-    reference: Format, candidate: Format, *, exact: bool = False, min_snr: float | None = None
+    reference: Format,
+    candidate: Format,
+    *,
+    exact: bool = False,
+    min_snr: float | None = None,
+    calibrated: bool = False,
 ) -> Expectation:
     """Returns what is expected of `candidate` against `reference`.
 
@@ -76,6 +94,8 @@ def expectation(
         candidate: how the candidate does.
         exact: nothing but equality passes.
         min_snr: least dB of quantized weights, instead of everything known here.
+        calibrated: one of the two was quantized with calibration: its codes make up for each other's errors,
+            and are not the nearest.
     """
     equality, reason = _equality(reference, candidate)
     if isinstance(reference, Dense) and isinstance(candidate, Dense):
@@ -89,6 +109,11 @@ def expectation(
         return Expectation(equality, reason=reason)
     lossy = _coarser(reference, candidate)
     least, reason = _least_snr(lossy)
+    if calibrated and isinstance(lossy, (INT4, INT8Channel)):
+        reason = f"calibrated codes need not be the nearest ones, which reach {least:g} dB"
+        return Expectation(
+            equality, lossy, lossy is not candidate, min_snr=least - CALIBRATED_LESS, reason=reason
+        )
     slack = _BF16_ROUNDING if Dense("BF16") in (reference, candidate) else 0.0
     return Expectation(equality, lossy, lossy is not candidate, slack, least, True, reason)
 

@@ -23,6 +23,7 @@ from dsv3_tools.formats.stored import find_weights, read_formats
 from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.tokenizer import TOKENIZER_FILES
 from dsv3_tools.model.tokens import read_tokens
+from dsv3_tools.verify.calibration import calibration_sha256, seen_before
 from dsv3_tools.verify.devices import COMPUTE_DTYPES, default_dtype, run_on
 from dsv3_tools.verify.expectations import label
 from dsv3_tools.verify.logits_limits import Lossy, choose_preset, missed, places, with_limits
@@ -129,6 +130,7 @@ def verify_logits(
             vocab_size=ours.config.vocab_size,
         )
         layer_nbytes = _layer_nbytes(ours, theirs)
+        calibration = [calibration_sha256(one) for one in (ours, theirs)]
     ranks = Ranks.join()
     devices = resolve_devices(device, ranks)
     dtype = dtype or default_dtype(devices)
@@ -168,7 +170,10 @@ def verify_logits(
             *places(thresholds, found.layers, lossy, **ends),
             *missed(thresholds, runs, reference_perplexity),
         ),
-        notes=tuple(_notes(found, given.batch_BL.numel(), thresholds, formats)),
+        notes=(
+            *_notes(found, given.batch_BL.numel(), thresholds, formats),
+            *seen_before(given.batch_BL, calibration),
+        ),
         seconds=time.monotonic() - began,
         nbytes=sum(layer_nbytes.values()),
         **ends,

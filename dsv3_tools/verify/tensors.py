@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
 from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.source import Source, SourceLike
@@ -77,7 +78,8 @@ def verify_tensors(
     """Compares every tensor of two checkpoints, each decoded from whatever format it is in.
 
     What may differ is known from the formats: BF16 from FP8 must be the float32 product, rounded once; codes
-    of INT8 and INT4 must be the nearest to the reference; what is not quantized must be the same bits.
+    of INT8 and INT4 must be the nearest to the reference, unless they were calibrated
+    (`dsv3_quantization.json` is beside them); what is not quantized must be the same bits.
 
     Example:
         >>> report = verify_tensors("miniature/checkpoint", "miniature/checkpoint")
@@ -90,7 +92,7 @@ def verify_tensors(
         sample: how many weights to compare, or below 1 the share of them; None is all. That no tensor is
             missing is always checked.
         min_snr: least ratio of signal to error of quantized weights in dB, instead of what the formats
-            lead to expect; for codes that were calibrated, which are not the nearest ones.
+            lead to expect; for codes that another tool has calibrated, which are not the nearest ones.
         exact: allow no error at all but that of rounding to BF16.
         workers: weights compared at once; None is one for each core.
         device: where weights are compared: "cpu".
@@ -110,6 +112,7 @@ def verify_tensors(
     stop = stop or Stop()
     with Checkpoint(reference) as ours, Checkpoint(candidate) as theirs:
         pairing = pair_up(ours, theirs)
+        calibrated = ours.has_file(QUANTIZATION_NAME) or theirs.has_file(QUANTIZATION_NAME)
         pairs, chosen = _choose(pairing.pairs, sample, seed)
         order = sorted(range(len(pairs)), key=lambda k: _nbytes(pairs[k], ours, theirs) < _LARGE_NBYTES)
         progress = _PairProgress(pairs, ours, theirs, on_progress)
@@ -120,7 +123,8 @@ def verify_tensors(
             def do(number: int) -> TensorResult:
                 pair = pairs[number]
                 formats = pair.reference.format, pair.candidate.format
-                result = comparer.compare(pair, expectation(*formats, exact=exact, min_snr=min_snr))
+                expected = expectation(*formats, exact=exact, min_snr=min_snr, calibrated=calibrated)
+                result = comparer.compare(pair, expected)
                 progress.add(pair)
                 return result
 
