@@ -28,7 +28,7 @@ import torch
 from dsv3_tools.kernels import gptq
 from dsv3_tools.kernels.reference_gptq import Grid
 from dsv3_tools.quantize.gram import Gram, square
-from dsv3_tools.quantize.matrix import _compensated, factorize, quantize_matrix
+from dsv3_tools.quantize.matrix import compensate, factorize, quantize_matrix
 
 GRID = Grid(15, 7.5, 128, True, torch.bfloat16)
 
@@ -87,7 +87,7 @@ def kernels(device: str) -> None:
             "factor": lambda: factorize(hessian, 0.01),  # noqa: B023
             "scale search": lambda: gptq.search_scales(weight, hessian.diagonal(), GRID),  # noqa: B023
             "search and column loop": lambda: quantize_matrix(weight, hessian, GRID, factor),  # noqa: B023
-            "column loop": lambda: _compensated(weight, scale, zero, GRID, factor),  # noqa: B023
+            "column loop": lambda: compensate(weight, scale, zero, GRID, factor),  # noqa: B023
             "nearest codes": lambda: gptq.nearest_codes(weight, scale, zero, GRID),  # noqa: B023
         }
         for name, call in lines.items():
@@ -118,7 +118,10 @@ def layer(args: argparse.Namespace) -> None:
         )
         with open_quantize_int4(root, calibrating=calibrating, partial=True) as (plan, _, maker):
             assert maker is not None
-            place = Place(Path(folder), Path(folder), device, ranks, Stop())
+            if ranks.is_first:
+                print(json.dumps(maker.forecast(device, ranks.world_size)), flush=True)
+            own = frozenset(shard.name for shard in ranks.share(plan.shards))
+            place = Place(Path(folder), Path(folder), device, ranks, Stop(), own)
             began = time.perf_counter()
             torch.cuda.reset_peak_memory_stats()
             seconds: list[float] = []

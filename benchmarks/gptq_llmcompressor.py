@@ -33,10 +33,9 @@ from dsv3_tools.model.moe import assign
 from dsv3_tools.model.token_files import read_token_file
 from dsv3_tools.model.tokens import read_tokens
 from dsv3_tools.model.transformer import Transformer
-from dsv3_tools.quantize.coding import baseline
+from dsv3_tools.quantize.coding import baseline, grid_of
 from dsv3_tools.quantize.gram import Gram, shrink
 from dsv3_tools.quantize.matrix import factorize, quantize_matrix
-from dsv3_tools.quantize.coding import grid_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "miniature" / "checkpoint"

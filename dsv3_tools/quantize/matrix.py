@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dsv3_tools.kernels.reference_gptq import Grid
 
-__all__ = ["ATTEMPTS", "BLOCK", "PANEL", "Coded", "Factor", "factorize", "quantize_matrix"]
+__all__ = ["ATTEMPTS", "BLOCK", "PANEL", "Coded", "Factor", "compensate", "factorize", "quantize_matrix"]
 
 BLOCK = 128
 """Columns of a block: errors are made up for at once within it, in later blocks by one matrix product."""
@@ -132,15 +132,15 @@ def quantize_matrix(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid, factor: F
     if factor is None:
         codes_NK = gptq.nearest_codes(weight_NK, scale_NG, zero_NG, grid)
         return Coded(codes_NK, scale_NG, zero_NG, torch.ones((), device=weight_NK.device))
-    codes_NK = _compensated(weight_NK, scale_NG, zero_NG, grid, factor)
+    codes_NK = compensate(weight_NK, scale_NG, zero_NG, grid, factor)
     gain = hessian_KK.trace() / factor.variance_K.sum()
     return Coded(codes_NK, scale_NG, zero_NG, gain, factor.damping)
 
 
-def _compensated(
+def compensate(
     weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, grid: Grid, factor: Factor
 ) -> Tensor:
-    """Returns GPTQ's codes."""
+    """Returns GPTQ's codes `[N, K]` for scales that have been chosen."""
     import torch
 
     from dsv3_tools.kernels import gptq
