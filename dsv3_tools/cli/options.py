@@ -224,7 +224,7 @@ def fixed_shards_options(function: F) -> F:
             "--device",
             default="auto",
             show_default=True,
-            help="auto, cpu, cuda, or cuda:0,1. The bytes written are the same on all.",
+            help="auto, cpu, cuda, or cuda:0,1. The bytes are the same on all, unless calibrated.",
         ),
         click.option(
             "--workers",

@@ -91,7 +91,7 @@ def read_tokens(
         name, where = tokens.name, tokens
         tokenizer = _tokenizer_if_any(directory)
         ids = read_token_file(tokens)
-        rows_BL = ids[:, :length] if ids.ndim == 2 else cut(ids, _choose_length(ids, choices))
+        rows_BL = ids[:, :length] if ids.ndim == 2 else cut(ids, _choose_length(ids, choices, max_tokens))
     else:
         name = "built-in text" if text is None else text.name
         where = directory / TOKENIZER_NAME
@@ -104,7 +104,7 @@ def read_tokens(
         if not ids.size:
             raise CheckpointError(f"{text}: there is no text in it")
         bos_id = None if tokenizer is None else tokenizer.bos_id
-        rows_BL = cut(ids, _choose_length(ids, choices), bos_id=bos_id)
+        rows_BL = cut(ids, _choose_length(ids, choices, max_tokens), bos_id=bos_id)
     _check_size(rows_BL, name)
     rows_BL = limit(rows_BL, max_tokens)
     _check_length(rows_BL.shape[1], positions, f"{name}: rows of")
@@ -201,9 +201,10 @@ def _as_array(ids: Sequence[int]) -> Ids:
     return np.array(ids, np.int64)
 
 
-def _choose_length(ids_T: Ids, choices: Sequence[int]) -> int:
-    """Returns the first length that gives enough sequences, or the last."""
-    return next((length for length in choices if len(ids_T) >= _ENOUGH * length), choices[-1])
+def _choose_length(ids_T: Ids, choices: Sequence[int], max_tokens: int | None) -> int:
+    """Returns the first length that gives enough sequences of the tokens that may be used, or the last."""
+    count = len(ids_T) if max_tokens is None else min(len(ids_T), max_tokens)
+    return next((length for length in choices if count >= _ENOUGH * length), choices[-1])
 
 
 def _check_size(rows_BL: Ids, where: str) -> None:

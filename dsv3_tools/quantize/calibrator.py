@@ -12,14 +12,13 @@ Shape suffixes: B sequences, L tokens of a sequence.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.config import CONFIG_NAME
 from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
-from dsv3_tools.checkpoint.names import parse_name
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.conversion.making import Made, MadeWeights, Place, made_shard
 from dsv3_tools.conversion.plan import Plan, ShardPlan, Step
@@ -31,9 +30,10 @@ from dsv3_tools.model.settings import Settings
 from dsv3_tools.model.transformer import Transformer
 from dsv3_tools.quantize.arithmetic import check_finite, deterministic, memory_errors
 from dsv3_tools.quantize.figures import LayerFigures
-from dsv3_tools.quantize.forecast import Matrices, forecast, measure
+from dsv3_tools.quantize.forecast import forecast, measure
 from dsv3_tools.quantize.host import HostBuffers
 from dsv3_tools.quantize.layer_work import LayerWork
+from dsv3_tools.quantize.plan_facts import made_steps, matrices, shards_of_layers
 from dsv3_tools.quantize.progress import (
     load_figures,
     load_states,
@@ -92,15 +92,10 @@ class Calibrator:
         """Hidden states as they are saved, those saved before, and a mapped file of each rank."""
         return (2 + self.world_size) * self.states_nbytes
 
-    @property
+    @cached_property
     def layers(self) -> dict[int, dict[str, Step]]:
         """The steps whose codes are made, by layer and by the weight's name."""
-        found: dict[int, dict[str, Step]] = {}
-        for shard in self.plan.shards:
-            for step in filter(is_made, shard.steps):
-                layer, name = _weight_of(step)
-                found.setdefault(layer, {})[name] = step
-        return dict(sorted(found.items()))
+        return made_steps(self.plan)
 
     def forecast(self, device: str, world_size: int) -> Mapping[str, Any]:
         """Returns what a run will take; see `forecast.Forecast`."""
@@ -108,7 +103,7 @@ class Calibrator:
 
         from dsv3_tools.model.numerics import compute_dtype
 
-        where, weights = torch.device(device), _matrices(self.layers)
+        where, weights = torch.device(device), matrices(self.layers)
         with deterministic(where), torch.no_grad():
             speeds = measure(where, compute_dtype(self.dtype), max(one.columns for one in weights))
         dims = self.checkpoint.config
@@ -176,6 +171,7 @@ class _Run:
         self._device = device
         self._missing = missing
         self._steps = made.layers
+        self._shards = shards_of_layers(made.plan)
         self._model = Transformer(made.checkpoint, device=device, dtype=made.dtype, through_bf16=True)
         self._model.check()
         self._figures = load_figures(place.folder, self._steps)
@@ -218,18 +214,25 @@ class _Run:
             ranks=self._ranks,
             split=self._made.calibration.num_train,
         )
-        for number in saved_layers(self._place.folder):
-            if all(self._is_done(layer) for layer in self._steps if layer < number):
-                load_states(self._place.folder, number, states.values_BLD)
-                for layer in self._steps:
-                    if layer < number:
-                        self._meter.add(self._source_nbytes(layer), shards=1)
-                return number, states
+        first = self._place.ranks.agree(self._first_layer())[0]  # one rank's view of the files, for all
+        if first:
+            load_states(self._place.folder, first, states.values_BLD)
+            for layer in self._steps:
+                if layer < first:
+                    self._meter.add(self._source_nbytes(layer), shards=1)
+            return first, states
         step = max(1, _EMBEDDED_AT_ONCE // tokens_BL.shape[1])
         for start in range(0, len(tokens_BL), step):
             rows = slice(start, start + step)
             states.values_BLD[rows].copy_(self._model.embed(tokens_BL[rows]))
         return 0, states
+
+    def _first_layer(self) -> int:
+        """Returns the last layer before which hidden states are saved and all is written; 0 without any."""
+        for number in saved_layers(self._place.folder):
+            if all(self._is_done(layer) for layer in self._steps if layer < number):
+                return number
+        return 0
 
     def _mtp_input(self, index: int, states: States) -> States:
         """Returns what an MTP layer gets: the states of the layer before, and the tokens that come next."""
@@ -247,17 +250,19 @@ class _Run:
     def _layer(self, number: int, states: States) -> Iterator[Made]:
         """Yields the shards of a layer, then takes the hidden states through it."""
         steps = self._steps.get(number, {})
-        work = LayerWork(self._model, number, steps, self._made.recipe, self._place, self._ranks)
-        if steps and self._is_done(number) and work.load(self._shards(number)):
+        work = self._work(number)
+        loaded = bool(steps) and self._is_done(number) and work.load(self._shards[number])
+        if all(self._place.ranks.agree(loaded)):
             work.forward(states)
             self._meter.add(self._source_nbytes(number))
         else:
+            work = self._work(number) if loaded else work
             matrices, expert_tokens, output_error = work.quantize(states, self._meter)
             if steps:
                 figures = LayerFigures(number, tuple(matrices), expert_tokens, output_error)
                 if self._place.ranks.is_first:
                     save_figures(self._place.folder, figures)
-                shards = [shard for shard in self._shards(number) if shard.name in self._missing]
+                shards = [shard for shard in self._shards.get(number, ()) if shard.name in self._missing]
                 own = [shard for shard in shards if shard.name in self._place.own]
                 names = {name for shard in own for name in shard.specs()}
                 yield Made(
@@ -270,15 +275,12 @@ class _Run:
 
     def _is_done(self, number: int) -> bool:
         """Whether an earlier run has written all of a layer."""
-        written = all(shard.name not in self._missing for shard in self._shards(number))
+        written = all(shard.name not in self._missing for shard in self._shards[number])
         return written and number in self._figures
 
-    def _shards(self, number: int) -> list[ShardPlan]:
-        return [
-            shard
-            for shard in self._made.plan.shards
-            if any(is_made(step) and _weight_of(step)[0] == number for step in shard.steps)
-        ]
+    def _work(self, number: int) -> LayerWork:
+        steps = self._steps.get(number, {})
+        return LayerWork(self._model, number, steps, self._made.recipe, self._place, self._ranks)
 
     def _source_nbytes(self, number: int) -> int:
         steps = self._steps[number].values()
@@ -288,22 +290,3 @@ class _Run:
         if self._place.ranks.is_first:
             save_states(self._place.folder, number, states.values_BLD)
         self._place.ranks.agree()
-
-
-def _matrices(layers: Mapping[int, Mapping[str, Step]]) -> list[Matrices]:
-    """Returns what is quantized, by shape; gate and up are one."""
-    counts: Counter[tuple[int, int, bool]] = Counter()
-    for steps in layers.values():
-        for name, step in steps.items():
-            rows, columns = step.shape
-            if not name.endswith(".up_proj.weight"):
-                rows *= 2 if name.endswith(".gate_proj.weight") else 1
-                counts[rows, columns, ".mlp.experts." in name] += 1
-    return [Matrices(rows, columns, count, is_expert) for (rows, columns, is_expert), count in counts.items()]
-
-
-def _weight_of(step: Step) -> tuple[int, str]:
-    """Returns a step's layer, and the name of its weight in an unquantized checkpoint."""
-    parsed = parse_name(step.weight.name)
-    assert parsed is not None and parsed.layer is not None
-    return parsed.layer, f"{parsed.prefix}.weight"

@@ -25,7 +25,7 @@ SUFFIXES = (".txt", ".jsonl", ".npy", ".safetensors")
 
 __all__ = ["LENGTHS", "Calibration", "read_calibration"]
 
-LENGTHS = (2048, 1024, 512, 256)
+LENGTHS = (2048, 1024, 512, 256, 128)
 """Tokens of a sequence that is cut from a text: the first of which there are ten, or the last."""
 
 
