@@ -14,6 +14,7 @@ __all__ = [
     "FIGURES_NAME",
     "MANIFEST_NAME",
     "MAX_MANIFEST_BYTES",
+    "MAX_QUANTIZATION_BYTES",
     "PUSH_NAME",
     "QUANTIZATION_NAME",
     "encode_manifest",
@@ -30,6 +31,9 @@ PUSH_NAME = "dsv3_push.json"
 
 QUANTIZATION_NAME = "dsv3_quantization.json"
 """What calibration has gained; in the manifest of a result that has it."""
+
+MAX_QUANTIZATION_BYTES = 200_000_000
+"""That of a released model has figures of 30,000 matrices."""
 
 _OWN_HASH = "manifest_sha256"
 

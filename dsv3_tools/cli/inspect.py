@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import rich_click as click
 
-from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
-from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.checkpoint.source import Source
 from dsv3_tools.cli.calibration import print_report
 from dsv3_tools.cli.options import debug_option, json_option, source_argument
 from dsv3_tools.cli.output import as_json as jsonable
 from dsv3_tools.cli.output import print_json, print_line, print_table, size
-from dsv3_tools.quantize.report import MAX_REPORT_BYTES, overview, read_report
+from dsv3_tools.quantize.report import overview, read_report
 from dsv3_tools.verify.inspection import Inspection
 from dsv3_tools.verify.inspection import inspect as inspect_checkpoint
 
@@ -33,19 +30,12 @@ def inspect(directory: Source, *, as_json: bool) -> None:
       dsv3 inspect miniature/checkpoint
     """
     found = inspect_checkpoint(directory)
-    report = _report(directory)
+    report = read_report(directory) if isinstance(directory, Path) else {}
     if as_json:
         print_json({**jsonable(found), "calibration": jsonable(overview(report)) if report else None})
     else:
         _print(found)
         print_report(report)
-
-
-def _report(source: Source) -> dict[str, Any]:
-    """Returns what calibration has written beside a checkpoint; empty without that."""
-    if not isinstance(source, Path) or not (source / QUANTIZATION_NAME).is_file():
-        return {}
-    return read_report(read_small_file(source, QUANTIZATION_NAME, MAX_REPORT_BYTES))
 
 
 def _print(found: Inspection) -> None:

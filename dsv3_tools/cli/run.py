@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
 from dsv3_tools.checkpoint.names import list_names
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.cli.calibration import print_forecast, print_report, warn_of_few_tokens
@@ -97,19 +96,13 @@ def _carry_out(
                 how = replace(options, on_progress=update, stop=stop)
                 result = run(part.plan, checkpoints, part.destination, how, part.maker)
             if ranks.is_first:
-                report = _report(part)
+                report = {} if part.maker is None else read_report(part.destination)
                 said.append(_result_json(part.plan, result, report))
                 if not as_json:
                     _print_result(result)
                     print_report(report)
                     warn_of_few_tokens(report)
     return said
-
-
-def _report(part: Part) -> dict[str, Any]:
-    """Returns the report of a calibrated run; empty after any other."""
-    path = part.destination / QUANTIZATION_NAME
-    return {} if part.maker is None or not path.exists() else read_report(path.read_bytes())
 
 
 def _result_json(plan: Plan, result: RunResult, report: Mapping[str, Any]) -> dict[str, Any]:

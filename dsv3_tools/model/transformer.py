@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Transformer"]
+__all__ = ["READ_AHEAD_NBYTES", "Transformer"]
+
+READ_AHEAD_NBYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
+"""Bytes of weights that are read ahead, unless told otherwise."""
 
 _STRIPE_ROWS = 8192
 _CHUNK_TOKENS = 1024
@@ -108,7 +111,7 @@ class Transformer:
             checkpoint, module=found, device=self.device, dtype=self.dtype, through_bf16=through_bf16
         )
         self._ropes = Ropes(self.settings, self.device)
-        self._budget = budget or ((4 << 30) if self.device.type == "cuda" else (1 << 30))
+        self._budget = budget or READ_AHEAD_NBYTES[self.device.type]
         self._threads = threads or reading_threads(self.device.type, self.ranks.processes_here)
         self._kept: Readers | None = None
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Chunk = tuple["Tensor", "Tensor"]
 
-__all__ = ["ExpertResult", "LayerInputs", "quantize_expert", "spread"]
+__all__ = ["DOWN_SAMPLE", "ExpertResult", "LayerInputs", "quantize_expert", "spread"]
 
 _CHUNK = 16384
 """Tokens of an expert whose inputs are in memory together."""
@@ -39,7 +39,7 @@ _CHUNK = 16384
 _SAMPLE = 32768
 """Tokens of a layer that stand for all of them."""
 
-_DOWN_SAMPLE = 8192
+DOWN_SAMPLE = 8192
 """Those of them whose activations every expert computes as well."""
 
 
@@ -188,7 +188,7 @@ def _quantize(weight_NK: Tensor, hessian_KK: Tensor, fmt: Format, recipe: Recipe
 
 
 def _some(sample_TD: Tensor) -> Tensor:
-    step = max(1, -(-len(sample_TD) // _DOWN_SAMPLE))
+    step = max(1, -(-len(sample_TD) // DOWN_SAMPLE))
     return sample_TD[::step]
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv3_tools.checkpoint.config import ModelConfig
+from dsv3_tools.model.transformer import READ_AHEAD_NBYTES
+from dsv3_tools.quantize.experts import DOWN_SAMPLE
+from dsv3_tools.quantize.layer_work import TOKENS_OF_EXPERTS
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +24,6 @@ __all__ = ["Forecast", "Matrices", "UnitSpeeds", "forecast", "measure"]
 
 _REPEATS = 3
 _PROBE_SIZE = {"cuda": 4096, "cpu": 768}
-_READ_AHEAD_NBYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
-_TOKENS_TOGETHER = 32768
-_SAMPLE = 8192
 _LAYER_SECONDS = 0.3
 
 
@@ -138,7 +138,7 @@ def forecast(
     factor_work = column_work = 0.0
     for rows, columns, count, is_expert in weights:
         seen = (
-            per_expert + (min(tokens, _SAMPLE) if rows == dims.hidden_size else 0)
+            per_expert + (min(tokens, DOWN_SAMPLE) if rows == dims.hidden_size else 0)
             if is_expert
             else 2 * tokens
         )
@@ -185,9 +185,9 @@ def _device_nbytes(
     hessians = 6 * 4 * largest * largest
     copies = 6 * 4 * max(one.rows * one.columns for one in weights)
     layer = 3 * dims.n_routed_experts * dims.moe_intermediate_size * dims.hidden_size
-    together = 12 * min(tokens, _TOKENS_TOGETHER) * dims.hidden_size
+    together = 12 * min(tokens, TOKENS_OF_EXPERTS) * dims.hidden_size
     own = states if states_place == "device" or device_type == "cpu" else 0
-    return own + hessians + copies + layer + together + _READ_AHEAD_NBYTES[device_type]
+    return own + hessians + copies + layer + together + READ_AHEAD_NBYTES[device_type]
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

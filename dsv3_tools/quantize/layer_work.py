@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["LayerWork"]
+__all__ = ["TOKENS_OF_EXPERTS", "LayerWork"]
 
-_TOKENS_OF_EXPERTS = 32768
+TOKENS_OF_EXPERTS = 32768
 """Tokens that go through a layer's experts together: each gets as many as are worth decoding it."""
 
 Found = tuple[list[MatrixFigures], tuple[int, ...], tuple[float, float]]
@@ -97,7 +97,7 @@ class LayerWork:
             found, tokens, output_error = self._quantize_experts(states, routes, meter)
             figures += found
         self._keep_stored_experts()
-        states.update(lambda block: layer.mlp(block)[0], tokens=_TOKENS_OF_EXPERTS)
+        states.update(lambda block: layer.mlp(block)[0], tokens=TOKENS_OF_EXPERTS)
         return figures, tokens, output_error
 
     def load(self, shards: Sequence[ShardPlan]) -> bool:
@@ -122,7 +122,7 @@ class LayerWork:
         self._keep_stored_experts()
         layer = self._model.layer(self._number, self._resident)
         states.update(layer.attention)
-        states.update(lambda block: layer.mlp(block)[0], tokens=_TOKENS_OF_EXPERTS)
+        states.update(lambda block: layer.mlp(block)[0], tokens=TOKENS_OF_EXPERTS)
 
     def made_parts(self, host: HostBuffers, wanted: Container[str]) -> dict[str, Tensor]:
         """Returns the quantized parts that are `wanted`, by tensor name, in host memory."""
@@ -192,17 +192,15 @@ class LayerWork:
     def _look(self, unit: str, tapped: str, size: int, states: States) -> Seen:
         """Returns the inputs of a linear, over all blocks."""
         seen = Seen(tapped, size, self._device)
-        is_train = True
-        tap = seen.tap(lambda: is_train)
-        layer = self._model.layer(self._number, self._resident, tap=tap)
+        layer = self._model.layer(self._number, self._resident, tap=seen.tap)
         for rows in states.blocks():
             self._place.stop.check()
-            is_train = rows.stop <= states.split
+            seen.gram = seen.train if rows.stop <= states.split else seen.held_out
             block = states.block(rows)
             if unit == "attention":
                 layer.attention_all([block])
             else:
-                gated_mlp(layer.normed(block), self._resident.decoded[self._number, unit], tap)
+                gated_mlp(layer.normed(block), self._resident.decoded[self._number, unit], seen.tap)
         return seen
 
     def _route(self, states: States) -> Routes:

@@ -9,11 +9,10 @@ Shape suffixes: T tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dsv3_tools.formats import Format
-from dsv3_tools.model.mlp import Tap
 from dsv3_tools.quantize.coding import Memory, baseline, grid_of, store
 from dsv3_tools.quantize.figures import MatrixFigures
 from dsv3_tools.quantize.gram import Gram
@@ -41,20 +40,21 @@ STAGES: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 
 
 class Seen:
-    """The inputs of one linear: those for the Hessian, and those held out."""
+    """The inputs of one linear: those for the Hessian, and those held out.
+
+    Attributes:
+        gram: the one of the two that inputs are now added to.
+    """
 
     def __init__(self, name: str, size: int, device: torch.device) -> None:
         self._name = name
         self.train, self.held_out = Gram(size, device), Gram(size, device)
+        self.gram = self.train
 
-    def tap(self, train: Callable[[], bool]) -> Tap:
-        """Returns the tap that adds up inputs of this linear; `train` says which kind they are."""
-
-        def look(name: str, x_TK: Tensor) -> None:
-            if name == self._name:
-                (self.train if train() else self.held_out).add(x_TK)
-
-        return look
+    def tap(self, name: str, x_TK: Tensor) -> None:
+        """Adds the input of a linear, if it is this one; see `mlp.Tap`."""
+        if name == self._name:
+            self.gram.add(x_TK)
 
 
 def quantize_stage(

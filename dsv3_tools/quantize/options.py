@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.checkpoint.source import HubRepo, SourceLike, parse_source
@@ -12,10 +12,11 @@ from dsv3_tools.conversion.devices import resolve_devices
 from dsv3_tools.conversion.plan import Plan
 from dsv3_tools.conversion.ranks import ALONE, Ranks
 from dsv3_tools.errors import UsageError
-from dsv3_tools.quantize.arithmetic import kind_of_device, torch_version
-from dsv3_tools.quantize.calibrator import Calibrator
 from dsv3_tools.quantize.recipe import Recipe
-from dsv3_tools.quantize.tokens import Calibration, read_calibration
+
+if TYPE_CHECKING:
+    from dsv3_tools.quantize.calibrator import Calibrator
+    from dsv3_tools.quantize.tokens import Calibration
 
 __all__ = ["COMPUTE_DTYPES", "Calibrating", "Prepared", "calibrating_of"]
 
@@ -79,6 +80,10 @@ class Calibrating:
             CheckpointError: the data cannot be used.
             UsageError: options that make no sense, or no such device.
         """
+        # Imported here: help texts and runs without calibration need nothing of a forward pass.
+        from dsv3_tools.quantize.arithmetic import kind_of_device
+        from dsv3_tools.quantize.tokens import read_calibration
+
         recipe = Recipe(self.method, self.damping)
         devices = resolve_devices(self.device, self.ranks)
         if len(devices) > 1 and self.device not in ("auto", "cuda"):
@@ -92,7 +97,6 @@ class Calibrating:
             self.data,
             length=self.length,
             max_tokens=self.max_tokens,
-            held_out=recipe.held_out,
         )
         return Prepared(self, recipe, data, dtype, kind_of_device(devices[0]))
 
@@ -109,6 +113,8 @@ class Prepared:
 
     def record(self) -> dict[str, Any]:
         """Returns what decides the bytes of the result, for plan and manifest."""
+        from dsv3_tools.quantize.arithmetic import torch_version
+
         return {
             **self.recipe.record(),
             "tokens": dict(self.calibration.record()),
@@ -119,6 +125,8 @@ class Prepared:
 
     def maker(self, plan: Plan, checkpoint: Checkpoint) -> Calibrator:
         """Returns what makes the plan's weights."""
+        from dsv3_tools.quantize.calibrator import Calibrator
+
         return Calibrator(
             plan,
             checkpoint,

@@ -20,12 +20,10 @@ class Recipe:
     Attributes:
         method: "gptq", or "rtn-weighted", which only chooses scales by the inputs.
         damping: what is added to a Hessian's diagonal, as a part of its mean.
-        held_out: every so manyth sequence stays out of all Hessians, to measure errors on.
     """
 
     method: str = "gptq"
     damping: float = 0.01
-    held_out: int = 10
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from dsv3_tools.checkpoint.manifest import MAX_QUANTIZATION_BYTES, QUANTIZATION_NAME
+from dsv3_tools.checkpoint.paths import read_small_file
 from dsv3_tools.quantize.figures import LayerFigures, MatrixFigures
 
 __all__ = [
-    "MAX_REPORT_BYTES",
     "KindOverview",
     "LayerSummary",
     "encode_report",
@@ -19,9 +21,6 @@ __all__ = [
     "read_report",
     "summarize",
 ]
-
-MAX_REPORT_BYTES = 200_000_000
-"""A released model's is 15 MB: 30,000 matrices."""
 
 _VERSION = 1
 
@@ -112,10 +111,12 @@ def _kind(name: str) -> str:
     return ".".join(part for part in parts if not part.isdigit())
 
 
-def read_report(text: bytes) -> dict[str, Any]:
-    """Returns a report; empty if it is not one that is known."""
+def read_report(directory: Path) -> dict[str, Any]:
+    """Returns the report that lies in a directory; empty if there is none, or none that is known."""
+    if not (directory / QUANTIZATION_NAME).is_file():
+        return {}
     try:
-        document = json.loads(text)
+        document = json.loads(read_small_file(directory, QUANTIZATION_NAME, MAX_QUANTIZATION_BYTES))
     except (ValueError, RecursionError):
         return {}
     known = isinstance(document, dict) and document.get("report_version") == _VERSION

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".npy", ".safetensors")
 """Kinds of files: text, and ids."""
 
-__all__ = ["LENGTHS", "Calibration", "read_calibration"]
+HELD_OUT = 10
+"""Every so manyth sequence stays out of all Hessians, to measure errors on; with fewer, the last one."""
+
+__all__ = ["HELD_OUT", "LENGTHS", "Calibration", "read_calibration"]
 
 LENGTHS = (2048, 1024, 512, 256, 128)
 """Tokens of a sequence that is cut from a text: the first of which there are ten, or the last."""
@@ -58,7 +61,6 @@ def read_calibration(
     *,
     length: int | None,
     max_tokens: int | None,
-    held_out: int,
 ) -> Calibration:
     """Returns calibration data.
 
@@ -68,7 +70,6 @@ def read_calibration(
             `.safetensors` (ids, in one or two dimensions); None is the text that comes along.
         length: tokens of a sequence; None goes by `LENGTHS` for what is cut from a stream.
         max_tokens: of all sequences together.
-        held_out: every so manyth sequence stays out of Hessians; with fewer, the last one.
 
     Raises:
         CheckpointError: a file cannot be used, or has ids that the model does not.
@@ -95,7 +96,7 @@ def read_calibration(
             "more text, or a smaller --length"
         )
     numbers = torch.arange(count)
-    is_held = (numbers + 1) % held_out == 0 if count >= held_out else numbers == count - 1
+    is_held = (numbers + 1) % HELD_OUT == 0 if count >= HELD_OUT else numbers == count - 1
     ordered_BL = torch.cat([given.batch_BL[~is_held], given.batch_BL[is_held]])
     digest = hashlib.sha256(given.batch_BL.contiguous().numpy().tobytes()).hexdigest()
     return Calibration(ordered_BL, int((~is_held).sum()), given.source, digest)

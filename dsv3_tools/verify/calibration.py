@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from dsv3_tools.checkpoint.header import load_json
-from dsv3_tools.checkpoint.manifest import QUANTIZATION_NAME
+from dsv3_tools.checkpoint.manifest import MAX_QUANTIZATION_BYTES, QUANTIZATION_NAME
 from dsv3_tools.checkpoint.reader import Checkpoint
 from dsv3_tools.errors import Dsv3Error
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["calibration_sha256", "seen_before"]
 
-_MAX_NBYTES = 200_000_000
-
 
 def calibration_sha256(checkpoint: Checkpoint) -> str | None:
     """Returns the hash of the tokens that a checkpoint was calibrated with; None without any."""
     if not checkpoint.has_file(QUANTIZATION_NAME):
         return None
     try:
-        document = load_json(checkpoint.read_file(QUANTIZATION_NAME, _MAX_NBYTES), QUANTIZATION_NAME)
+        document = load_json(
+            checkpoint.read_file(QUANTIZATION_NAME, MAX_QUANTIZATION_BYTES), QUANTIZATION_NAME
+        )
         return str(document["calibration"]["sha256"])
     except (Dsv3Error, KeyError, TypeError):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,11 @@ def test_stopped_and_gone_on_with(
     make = calibrator.Calibrator.make
 
     def stopped(self: Any, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
-        for count, batch in enumerate(make(self, missing, place), start=1):
-            yield batch
-            if count == 4:
-                raise Stopped
+        with closing(make(self, missing, place)) as batches:
+            for count, batch in enumerate(batches, start=1):
+                yield batch
+                if count == 4:
+                    raise Stopped
 
     push = {"push": "team/result", "keep_output": False}
     with monkeypatch.context() as patch:

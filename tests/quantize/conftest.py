@@ -56,10 +56,11 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def inputs() -> Callable[[str, int, int], Tensor]:
     """Returns inputs `[tokens, 1024]` of one kind, by a seed."""
-    return _inputs
+    return inputs_of
 
 
-def _inputs(kind: str, count: int, seed: int) -> Tensor:
+def inputs_of(kind: str, count: int, seed: int) -> Tensor:
+    """Returns inputs `[count, 1024]`: "white", "ar RHO", "power law" or "power law with outliers"."""
     generator = torch.Generator().manual_seed(seed)
     size = 1024
     x_TK = torch.randn(count, size, generator=generator)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,11 @@ def stopping_at(number: int) -> Any:
     make = calibrator.Calibrator.make
 
     def stopped(self: Any, missing: Sequence[ShardPlan], place: Place) -> Iterator[Made]:
-        for count, batch in enumerate(make(self, missing, place), start=1):
-            yield batch
-            if count == number:
-                raise Stopped
+        with closing(make(self, missing, place)) as batches:  # or it would end, and undo things, much later
+            for count, batch in enumerate(batches, start=1):
+                yield batch
+                if count == number:
+                    raise Stopped
 
     return stopped
 
